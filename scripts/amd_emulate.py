@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from sglang.kernels.impl import Case, Impl, OpSpec
+from sglang.kernels.impl import Impl, OpSpec
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.environ import envs
 from sglang.srt.platforms import override_platform
@@ -28,6 +28,7 @@ from sglang.test.amd_emulator.driver import emulated
 from sglang.test.amd_emulator.emulator import EmulatorError, use_tinygrad
 from sglang.test.amd_gate.gate import ARCHS
 from sglang.test.amd_gate.walk import ShapeOnlyPlatform
+from sglang.test.op_cases import Case, cases_of
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "test" / "registered" / "kernels"))
@@ -91,9 +92,9 @@ def run_case(op: OpSpec, impl: Impl, case: Case, served: bool) -> None:
         check_case(op, impl, case, on_matrix_units=True)
 
 
-def cases_of(op: OpSpec, impl: Impl, served: dict[str, Case], text: str) -> Iterator[tuple[Case, bool]]:
+def variants(op: OpSpec, impl: Impl, served: dict[str, Case], text: str) -> Iterator[tuple[Case, bool]]:
     """Every case that the kernel takes, and whether it is one as served."""
-    for case in op.cases():
+    for case in cases_of(op):
         for variant, is_served in ((case, False), (as_served(op, case, served), True)):
             if variant is not None and text in variant.name and (impl.accepts is None or impl.accepts(*variant.args)):
                 yield variant, is_served
@@ -108,7 +109,7 @@ def triton_impls(op: OpSpec, arch: str) -> list[Impl]:
 def emulate(op: OpSpec, arch: str, served: dict[str, Case], text: str) -> Report:
     """Run the op's Triton kernels for ``arch`` on every case whose name holds ``text``."""
     report = Report()
-    runs = ((impl, *found) for impl in triton_impls(op, arch) for found in cases_of(op, impl, served, text))
+    runs = ((impl, *found) for impl in triton_impls(op, arch) for found in variants(op, impl, served, text))
     for impl, case, is_served in runs:
         with emulated(arch) as driver:
             try:

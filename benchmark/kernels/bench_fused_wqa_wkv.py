@@ -16,8 +16,9 @@ import torch
 from timing import Timed, bench, bench_parser, graph_time
 
 from sglang.kernels.ops.linear.dense import dense_linear
-from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear, quantize_groups, random_blocks
+from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear, quantize_groups
 from sglang.kernels.registry import REGISTRY
+from sglang.test.op_cases.quant import random_blocks
 
 # Rows of wq_a by hidden size (Flash, Pro), and of wkv.
 Q_LORA_RANK = {4096: 1024, 7168: 1536}

@@ -17,9 +17,11 @@ from functools import partial
 import torch
 from timing import Timed, bench, bench_parser
 
-from sglang.kernels.ops.gdn.decode_step import gdn_decode_step, step_inputs
-from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step, run_chunks, run_conv
+from sglang.kernels.ops.gdn.chunk import chunk_table
+from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
+from sglang.kernels.ops.gdn.extend_step import gdn_extend_step, run_chunks, run_conv
 from sglang.kernels.ops.gdn.shapes import GDNShape
+from sglang.test.op_cases.gdn import step_inputs
 
 # us by name of row: decode from packed and from split projections; the chunked rule.
 ANCHORS = {

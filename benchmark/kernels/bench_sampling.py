@@ -18,10 +18,11 @@ from functools import partial
 import torch
 from timing import describe_device
 
-from sglang.kernels.ops.sampling.draw import COUNT, SEEN, RowOf, draw, draw_args
+from sglang.kernels.ops.sampling.draw import COUNT, SEEN, draw
 from sglang.kernels.ops.sampling.greedy import greedy_sample
 from sglang.kernels.ops.sampling.seeded import uniform_from_seed_torch
 from sglang.test.device_time import device_seconds
+from sglang.test.op_cases.sampling import RowOf, draw_args
 
 Call = Callable[[], object]
 

@@ -1,18 +1,10 @@
-"""What an operation is made of: its implementations, and the cases that tests and benches run it on."""
+"""What an operation is made of: its implementations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-
-@dataclass(frozen=True)
-class Case:
-    """One set of arguments for parity tests and benches."""
-
-    name: str
-    args: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -39,11 +31,10 @@ class Impl:
 class OpSpec:
     """A named operation as the registry knows it: implementations, and which of them may run.
 
-    Implementations are given best first; the last is the unrestricted torch reference, which defines the op. ``cases``
-    makes arguments on the CPU for parity tests and benches, ugly ones included.
+    Implementations are given best first; the last is the unrestricted torch reference, which defines the op.
     """
 
-    def __init__(self, name: str, *impls: Impl, cases: Callable[[], Iterable[Case]] = tuple) -> None:
+    def __init__(self, name: str, *impls: Impl) -> None:
         if not impls or _is_restricted(impls[-1]):
             raise ValueError(f"op {name}: the last implementation must be the unrestricted reference")
         names = [impl.name for impl in impls]
@@ -53,7 +44,6 @@ class OpSpec:
         self.group = name.split(".")[0]
         self.impls = impls
         self.reference = impls[-1].fn
-        self.cases = cases
         self.table: tuple[Impl, ...] | None = None
         self._direct: Callable[..., Any] | None = None
 

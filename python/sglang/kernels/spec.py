@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
-from sglang.kernels.impl import Case, Impl, OpSpec
+from sglang.kernels.impl import Impl, OpSpec
 from sglang.kernels.registry import REGISTRY
 
-__all__ = ["Case", "Impl", "Op"]
+__all__ = ["Impl", "Op"]
 
 
 class Op(OpSpec):
     """A named operation; calling it runs the first implementation that fits."""
 
-    def __init__(self, name: str, *impls: Impl, cases: Callable[[], Iterable[Case]] = tuple) -> None:
-        super().__init__(name, *impls, cases=cases)
+    def __init__(self, name: str, *impls: Impl) -> None:
+        super().__init__(name, *impls)
         REGISTRY.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.registry import REGISTRY
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 from sglang.test.amd_gate.driver import LDS_BYTES, Launch, compile_only
 from sglang.test.amd_gate.expectations import EXPECTED, MFMA_BF16, expected_instructions
 from sglang.test.amd_gate.gate import ARCHS, Recorded, RowCollector, check, load_table, save_table, uncovered_ops
@@ -25,6 +25,7 @@ from sglang.test.amd_gate.resources import Resources, drift, occupancy, read_res
 from sglang.test.amd_gate.shape_walk import WALKED_MODELS
 from sglang.test.amd_gate.walk import WalkStep, describe_error
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import Case
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=30, suite="stage-b-test-cpu")

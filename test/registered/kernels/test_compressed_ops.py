@@ -12,6 +12,7 @@ from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed
 from sglang.kernels.ops.attention.select_entries import select_entries
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import cases_of
 from sglang.test.packed_truth import true_rows
 from sglang.test.test_utils import CustomTestCase
 
@@ -57,7 +58,7 @@ def true_turn(row, cos_sin):
 class TestPrepare(CustomTestCase):
     def test_against_loops(self):
         """Each head, and the row that is stored; other rows of the cache stay 0."""
-        for case in prepare_compressed.cases():
+        for case in cases_of(prepare_compressed):
             q, kv, positions, table, weight, eps, ids, cache, *scales = case.args
             cache, scales = cache.clone(), [scale.clone() for scale in scales]
             found = prepare_compressed(*case.args[:7], cache, *scales)
@@ -81,7 +82,7 @@ class TestPrepare(CustomTestCase):
 
 class TestCompress(CustomTestCase):
     def test_against_loops(self):
-        for case in compress.cases():
+        for case in cases_of(compress):
             kv, gate, kv_states, gate_states, state_rows, sources, bias, weight, eps, table, *rest = case.args
             first, rows, cache, *scales = rest
             is_packed = bool(scales)
@@ -103,7 +104,7 @@ class TestCompress(CustomTestCase):
 
     def test_states_are_read_before_they_are_written(self):
         """A row of the states that the step overwrites is part of an entry that the step closes."""
-        case = next(case for case in compress.cases() if case.name == "across")
+        case = next(case for case in cases_of(compress) if case.name == "across")
         wanted = compress.reference(*[arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in case.args])[0]
         args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in case.args]
         args[4] = torch.arange(5, 14)
@@ -129,7 +130,7 @@ class TestCompress(CustomTestCase):
 class TestSelect(CustomTestCase):
     def test_against_loops(self):
         equal_scores = 0
-        for case in select_entries.cases():
+        for case in cases_of(select_entries):
             q, weights, keys, table, requests, visible, per_page, top_k, *scales = case.args
             keys = true_rows(keys, scales[0] if scales else None, q.shape[2])
             found = select_entries(*case.args)
@@ -149,7 +150,7 @@ class TestSelect(CustomTestCase):
         self.assertGreater(equal_scores, 20)
 
     def test_parts_of_a_step_choose_alike(self):
-        case = next(case for case in select_entries.cases() if case.name == "scored")
+        case = next(case for case in cases_of(select_entries) if case.name == "scored")
         with mock.patch("sglang.kernels.ops.attention.select_entries.GATHER_BYTES", 1):
             parts = select_entries(*case.args)
         self.assertTrue(torch.equal(parts, select_entries(*case.args)))
@@ -157,7 +158,7 @@ class TestSelect(CustomTestCase):
 
 class TestSparseAttention(CustomTestCase):
     def test_against_loops(self):
-        for case in sparse_attention.cases():
+        for case in cases_of(sparse_attention):
             q, window, window_rows, sinks, scale, of_window, *rest = (*case.args, *[None] * (13 - len(case.args)))
             entries, of_entries, chosen, table, requests, visible, per_page = rest
             dim = q.shape[2]
@@ -187,7 +188,7 @@ class TestSparseAttention(CustomTestCase):
         self.assertFalse(bool(out.any()))
 
     def test_bfloat16_is_rounded_once(self):
-        case = next(case for case in sparse_attention.cases() if case.name == "chosen")
+        case = next(case for case in cases_of(sparse_attention) if case.name == "chosen")
         low = [
             arg.bfloat16() if isinstance(arg, torch.Tensor) and arg.dtype == torch.float32 and arg.dim() > 1 else arg
             for arg in case.args

@@ -5,9 +5,9 @@ import unittest
 
 import torch
 
-from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule
-from sglang.kernels.ops.gdn.decode_step import gdn_decode_step, step_inputs
-from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
+from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule, chunk_table
+from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
+from sglang.kernels.ops.gdn.extend_step import gdn_extend_step
 from sglang.kernels.ops.gdn.reference import (
     causal_conv1d,
     causal_conv1d_update,
@@ -17,6 +17,8 @@ from sglang.kernels.ops.gdn.reference import (
 )
 from sglang.kernels.ops.gdn.verify_step import gdn_verify_step
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import cases_of
+from sglang.test.op_cases.gdn import step_inputs
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
@@ -352,7 +354,7 @@ class TestVerifyStep(CustomTestCase):
 class TestCases(CustomTestCase):
     def test_every_case_runs_and_gives_finite_numbers_of_finite_gates(self):
         for op in (gdn_decode_step, gdn_extend_step, gdn_verify_step):
-            cases = list(op.cases())
+            cases = list(cases_of(op))
             self.assertGreaterEqual(len(cases), 3, op.name)
             for case in cases:
                 result = op(*case.args)

@@ -10,6 +10,7 @@ from sglang.kernels.ops.mhc.hc_post import hc_post, hc_post_torch
 from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
 from sglang.kernels.ops.mhc.hc_pre import balance, hc_pre, parameters
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import cases_of
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -92,7 +93,7 @@ def true_post_pre(row, x, post, comb, fn, base, scale, rms_eps, hc_eps, iteratio
 
 class TestHyperConnections(CustomTestCase):
     def check(self, op, truth, impls=None):
-        for case in op.cases():
+        for case in cases_of(op):
             wanted = truth(*case.args)
             wanted = wanted if isinstance(wanted, list) else [wanted]
             for impl in impls or op.impls[-1:]:
@@ -113,7 +114,7 @@ class TestHyperConnections(CustomTestCase):
 
     def test_post_pre(self):
         self.check(hc_post_pre, true_post_pre)
-        self.assertEqual({hc_post_pre.reference(*case.args)[4] for case in hc_post_pre.cases()}, {True, False})
+        self.assertEqual({hc_post_pre.reference(*case.args)[4] for case in cases_of(hc_post_pre)}, {True, False})
 
     def test_streams_that_are_one_row(self):
         """Input of the first layer: four equal streams."""
@@ -129,7 +130,7 @@ class TestHyperConnections(CustomTestCase):
     def test_sixteen_bits_in_the_streams_alone(self):
         """Coefficients are float32 whatever the streams are, and the streams are rounded once."""
         for op in (hc_pre, hc_post, hc_head):
-            for case in op.cases():
+            for case in cases_of(op):
                 x = 1 if op is hc_post else 0
                 args = [a.bfloat16() if i <= x and torch.is_tensor(a) else a for i, a in enumerate(case.args)]
                 found = op.reference(*args)

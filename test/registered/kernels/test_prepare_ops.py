@@ -11,6 +11,7 @@ from sglang.kernels.ops.attention.kv_cache import write_kv
 from sglang.kernels.ops.norm.rmsnorm import rms_norm
 from sglang.kernels.ops.rope.rotary import rotary
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import cases_of
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -32,7 +33,7 @@ class TestPrepare(CustomTestCase):
         self.assertTrue(torch.equal(cache[others], before[others]))
 
     def test_latent_attention_against_the_truth(self):
-        for case in prepare_mla.prepare_mla.cases():
+        for case in cases_of(prepare_mla.prepare_mla):
             with self.subTest(case.name):
                 q, kv_a, positions, table, weight, cache, slots, eps, is_neox, *placed = args = clone(case.args)
                 before = clone(args)
@@ -54,7 +55,7 @@ class TestPrepare(CustomTestCase):
                 self.assert_rows(cache, before[5], slots, row)
 
     def test_grouped_heads_against_the_truth(self):
-        for case in prepare_gqa.prepare_gqa.cases():
+        for case in cases_of(prepare_gqa.prepare_gqa):
             with self.subTest(case.name):
                 q, k, v, q_weight, k_weight, positions, table, *_, slots, eps, is_neox = args = clone(case.args)
                 out = prepare_gqa.prepare_gqa_torch(*args)
@@ -66,7 +67,7 @@ class TestPrepare(CustomTestCase):
 
     def test_bits_are_those_of_the_separate_ops(self):
         for dtype in (torch.float32, torch.bfloat16):
-            for case in prepare_mla.prepare_mla.cases():
+            for case in cases_of(prepare_mla.prepare_mla):
                 q, kv_a, positions, table, weight, cache, slots, eps, is_neox, *placed = _as(case.args, dtype)
                 rope, own = table.shape[1], cache.clone()
                 q_pe, k_pe = rotary(positions, q[..., -rope:], kv_a[:, None, -rope:], table, is_neox)
@@ -74,7 +75,7 @@ class TestPrepare(CustomTestCase):
                 own.view(torch.uint8)[slots] = row.to(own.dtype).view(torch.uint8)
                 found = prepare_mla.prepare_mla(q, kv_a, positions, table, weight, cache, slots, eps, is_neox, *placed)
                 self.assertTrue(torch.equal(found[..., -rope:], q_pe) and torch.equal(cache, own), case.name)
-            for case in prepare_gqa.prepare_gqa.cases():
+            for case in cases_of(prepare_gqa.prepare_gqa):
                 args = _as(case.args, dtype)
                 q, k, v, q_weight, k_weight, positions, table, *caches, slots, eps, is_neox = args
                 own = clone(caches)

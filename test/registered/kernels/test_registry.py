@@ -11,6 +11,7 @@ from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.kernel_choice import fresh_decisions
+from sglang.test.op_cases import cases_of
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
@@ -37,7 +38,7 @@ class TestRegistry(CustomTestCase):
         refused = set()
         for name, op in REGISTRY.ops.items():
             for impl in (impl for impl in op.impls if impl.name == "triton"):
-                for case in filter(lambda case: impl.accepts(*case.args), op.cases()):
+                for case in filter(lambda case: impl.accepts(*case.args), cases_of(op)):
                     vectors = [i for i, x in enumerate(case.args) if torch.is_tensor(x) and x.ndim == 1 and len(x) > 1]
                     for index in vectors:
                         vector = case.args[index]

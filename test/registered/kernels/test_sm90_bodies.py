@@ -15,6 +15,7 @@ from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.ops.quant import group_fp8
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.gluon_on_cpu import OnHost, check_without_gluon, order_on_host
+from sglang.test.op_cases.quant import random_blocks
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=12, suite="stage-b-test-cpu")
@@ -27,7 +28,7 @@ PROGRAMS = 3
 def stacked(experts: int, rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype) -> Scaled:
     if dtype != FP8:
         return Scaled((torch.randn(experts, rows, columns, generator=generator) / columns**0.5).to(dtype))
-    data, scales = zip(*(group_fp8.random_blocks(rows, columns, generator) for _ in range(experts)), strict=True)
+    data, scales = zip(*(random_blocks(rows, columns, generator) for _ in range(experts)), strict=True)
     return Scaled(torch.stack(data), torch.stack(scales))
 
 

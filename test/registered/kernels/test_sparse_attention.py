@@ -9,6 +9,7 @@ import torch
 
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention, sparse_attention_torch
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import cases_of
 from sglang.test.sparse_cases import assert_near, sparse_inputs, sparse_matrix
 from sglang.test.test_utils import CustomTestCase
 
@@ -75,7 +76,7 @@ class TestBodyInterpreted(CustomTestCase):
         """A context whose scores do not fit is served row by row in the same memory."""
         from sglang.kernels.ops.attention import select_entries as module
 
-        case = next(case for case in module.select_entries.cases() if case.name == "scored-packed")
+        case = next(case for case in cases_of(module.select_entries) if case.name == "scored-packed")
         made = []
         empty = torch.empty
 
@@ -92,7 +93,7 @@ class TestBodyInterpreted(CustomTestCase):
         """One launch if no entry reads what the step writes: decode steps of two requests."""
         from sglang.kernels.ops.attention import compress as module
 
-        case = next(case for case in module.compress.cases() if case.name == "none-closed")
+        case = next(case for case in cases_of(module.compress) if case.name == "none-closed")
         for apart in (True, False):
             args = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in case.args]
             wanted = module.compress_torch(

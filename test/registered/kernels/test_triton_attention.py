@@ -18,6 +18,8 @@ from sglang.kernels.ops.attention import decode_attention, extend_attention, ext
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, split_count
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import cases_of
+from sglang.test.op_cases.attention import indptr
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=12, suite="stage-b-test-cpu")
@@ -98,7 +100,7 @@ class TestInterpretedBodies(CustomTestCase):
     def test_split_counts_agree_in_extend(self):
         generator = torch.Generator().manual_seed(0)
         q_lens, kv_lens = [3, 1, 0, 20], [40, 70, 5, 20]
-        bounds = [extend_ragged.indptr(lens) for lens in (q_lens, kv_lens)]
+        bounds = [indptr(lens) for lens in (q_lens, kv_lens)]
         slots = torch.randperm(sum(kv_lens) + 3, generator=generator)[: sum(kv_lens)]
         q = torch.randn(sum(q_lens), 6, 40, generator=generator)
         latent = torch.randn(sum(kv_lens) + 3, 1, 40, generator=generator)
@@ -112,7 +114,7 @@ class TestInterpretedBodies(CustomTestCase):
         """The first key of one request is NaN: so is all of it, also where others read its other keys."""
         generator = torch.Generator().manual_seed(0)
         q_lens, kv_lens = [3, 1, 20], [40, 70, 20]
-        bounds = [extend_ragged.indptr(lens) for lens in (q_lens, kv_lens)]
+        bounds = [indptr(lens) for lens in (q_lens, kv_lens)]
         slots, table = torch.arange(sum(kv_lens)), table_of(kv_lens, 90, sum(kv_lens) + 2, generator)
         q = torch.randn(sum(q_lens), 6, 40, generator=generator)
         latent = torch.randn(sum(kv_lens) + 2, 1, 40, generator=generator)
@@ -146,15 +148,15 @@ class TestInterpretedBodies(CustomTestCase):
         old_rows = torch.arange(20)
         new_rows = torch.arange(20, 25)
         packed = torch.cat((old_rows, new_rows))
-        q_bounds, new_bounds = extend_ragged.indptr(q_lens), extend_ragged.indptr(new)
-        all_bounds = extend_ragged.indptr([23, 2])
+        q_bounds, new_bounds = indptr(q_lens), indptr(new)
+        all_bounds = indptr([23, 2])
         wanted = extend_ragged.extend_ragged_torch(q, k[packed], v[packed], q_bounds, all_bounds, 0.3)
         for extend, merge in (
             (attention_state.extend_state_torch, attention_state.merge_states_torch),
             (triton_of(attention_state.extend_state).fn, triton_of(attention_state.merge_states).fn),
         ):
             part = extend(q, k[new_rows], v[new_rows], q_bounds, new_bounds, 0.3, True)
-            other = extend(q, k[old_rows], v[old_rows], q_bounds, extend_ragged.indptr(prefix), 0.3, False)
+            other = extend(q, k[old_rows], v[old_rows], q_bounds, indptr(prefix), 0.3, False)
             close(merge(*part, *other)[0], wanted)
 
 
@@ -181,7 +183,7 @@ class TestReferences(CustomTestCase):
     """References of ops that return more than attention outputs, against loops in float64."""
 
     def test_extend_state(self):
-        for case in attention_state.extend_state.cases():
+        for case in cases_of(attention_state.extend_state):
             q, k, v, qo, kv, scale, causal, *tail = case.args
             out, lse = attention_state.extend_state_torch(*case.args)
             if tail:
@@ -203,7 +205,7 @@ class TestReferences(CustomTestCase):
                         close(out[row, head].double(), weights @ v[int(kv[i]) : end, head // group].double())
 
     def test_merge(self):
-        for case in attention_state.merge_states.cases():
+        for case in cases_of(attention_state.merge_states):
             out_a, lse_a, out_b, lse_b = case.args
             out, lse = attention_state.merge_states_torch(*case.args)
             a, b = (value.double().exp() for value in (lse_a, lse_b))
@@ -214,14 +216,14 @@ class TestReferences(CustomTestCase):
             close(lse.double(), total.log())
 
     def test_cache_ops(self):
-        for case in kv_cache.write_kv.cases():
+        for case in cases_of(kv_cache.write_kv):
             k, v, k_cache, v_cache, slots = clone(case.args)
             kv_cache.write_kv_torch(k, v, k_cache, v_cache, slots)
             for rows, cache, before in ((k, k_cache, case.args[2]), (v, v_cache, case.args[3])):
                 for slot in range(cache.shape[0]):
                     row = [i for i, other in enumerate(slots.tolist()) if other == slot]
                     self.assertTrue(holds(cache[slot], rows[row[0]] if row else before[slot].to(rows.dtype)))
-        for case in kv_cache.gather_slots.cases():
+        for case in cases_of(kv_cache.gather_slots):
             table, rows, starts, indptr, total = case.args
             wanted = []
             for row, start, first, end in zip(rows.tolist(), starts.tolist(), indptr.tolist(), indptr.tolist()[1:]):

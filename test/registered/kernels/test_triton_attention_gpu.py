@@ -26,6 +26,7 @@ from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.test.cache_pools import kv_pools
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.kernel_choice import fresh_decisions
+from sglang.test.op_cases.attention import expanded_views, indptr
 from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-small")
@@ -133,7 +134,7 @@ class TestExtendOnGpu(CustomTestCase):
         k = torch.randn(total + 5, kv_heads, dim, generator=generator).to(DEVICE, dtype)
         v = torch.randn(total + 5, kv_heads, value, generator=generator).to(DEVICE, dtype)
         slots = torch.randperm(total + 5, generator=generator)[:total].to(DEVICE)
-        bounds = [extend_ragged.indptr(list(lens)).to(DEVICE) for lens in (self.Q_LENS, self.KV_LENS)]
+        bounds = [indptr(list(lens)).to(DEVICE) for lens in (self.Q_LENS, self.KV_LENS)]
         return q, k, v, slots, bounds
 
     def test_slots_and_packed_rows(self):
@@ -166,7 +167,7 @@ class TestExtendOnGpu(CustomTestCase):
         for dtype in BOUNDS:
             q, k, latent, slots, bounds = self.inputs(16, 16, 192, 576, dtype)
             kv = torch.cat((k, k[..., :64] * 2), dim=-1)[slots]
-            k, v, tail = extend_ragged.expanded_views(kv, latent[slots, 0], 128, 64)
+            k, v, tail = expanded_views(kv, latent[slots, 0], 128, 64)
             joined, rest = extend_ragged.join_tail(k, tail), (v, *bounds, 0.07)
             with self.subTest(dtype=dtype):
                 wanted = extend_ragged.extend_ragged_torch(q.float(), joined.float(), v.float(), *rest[1:])
@@ -185,7 +186,7 @@ class TestExtendOnGpu(CustomTestCase):
             prefix += range(start, start + total - fresh)
             new += range(start + total - fresh, start + total)
             old_lens.append(total - fresh)
-        old_bounds = extend_ragged.indptr(old_lens).to(DEVICE)
+        old_bounds = indptr(old_lens).to(DEVICE)
         state = extend_state(q, k[new], v[new], qo, qo, 0.07, True)
         other = extend_state(q, k[prefix], v[prefix], qo, old_bounds, 0.07, False)
         reference = extend_state.reference(q.float(), k[prefix].float(), v[prefix].float(), qo, old_bounds, 0.07, False)

@@ -4,10 +4,12 @@ import unittest
 
 import torch
 
-from sglang.kernels.ops.gdn.decode_step import gdn_decode_step_torch, gdn_decode_step_triton, step_inputs
-from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step_torch, gdn_extend_step_triton
+from sglang.kernels.ops.gdn.chunk import chunk_table
+from sglang.kernels.ops.gdn.decode_step import gdn_decode_step_torch, gdn_decode_step_triton
+from sglang.kernels.ops.gdn.extend_step import gdn_extend_step_torch, gdn_extend_step_triton
 from sglang.kernels.ops.gdn.verify_step import gdn_verify_step_torch, gdn_verify_step_triton
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
+from sglang.test.op_cases.gdn import step_inputs
 from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-small")

@@ -33,6 +33,8 @@ from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.registry import REGISTRY
 from sglang.test.aiter_mhc_cases import crossing
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import cases_of
+from sglang.test.op_cases.quant import random_blocks
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=90, suite="stage-b-test-cpu")
@@ -57,7 +59,7 @@ class TestTritonInterpreted(CustomTestCase):
         for name, op in sorted(REGISTRY.ops.items()):
             for impl in (impl for impl in op.impls if impl.name == "triton" and name not in NOT_INTERPRETED):
                 ran[name] = 0
-                for case in op.cases():
+                for case in cases_of(op):
                     if case.name in SLOW or (op.group in ROW_WRITERS and case.name.endswith("-fp8")):
                         continue
                     if impl.accepts is None or impl.accepts(*case.args):
@@ -74,7 +76,7 @@ class TestTritonInterpreted(CustomTestCase):
         for name in NOT_INTERPRETED:
             op = REGISTRY.ops[name]
             (triton_body,) = (impl for impl in op.impls if impl.name == "triton")
-            for case in op.cases():
+            for case in cases_of(op):
                 args = [torch.float16 if arg is torch.float8_e4m3fn else arg for arg in case.args]
                 with self.subTest(op=name, case=case.name):
                     self.assertTrue(triton_body.accepts(*case.args))
@@ -95,7 +97,7 @@ class TestTritonInterpreted(CustomTestCase):
             w13, w13_scale, w2, w2_scale = (
                 torch.stack(part)
                 for rows, columns in ((512, hidden), (hidden, 256))
-                for part in zip(*(group_fp8.random_blocks(rows, columns, generator) for _ in range(3)), strict=True)
+                for part in zip(*(random_blocks(rows, columns, generator) for _ in range(3)), strict=True)
             )
             rows = Scaled(*group_fp8.quantize_groups_torch(torch.randn(5, hidden, generator=generator), torch.float16))
             stacked = Scaled(w13.half(), w13_scale), Scaled(w2.half(), w2_scale)
@@ -164,7 +166,7 @@ class TestTritonInterpreted(CustomTestCase):
         generator = torch.Generator().manual_seed(2)
         for _, _, tile in group_fp8.FEW_ROWS_TILES:
             for rows, columns in ((1, 128), (3, 2176), (16, 2048)):
-                w, w_scale = group_fp8.random_blocks(136, columns, generator)
+                w, w_scale = random_blocks(136, columns, generator)
                 x = torch.randn(rows, columns, generator=generator)
                 q, scale = group_fp8.quantize_groups_torch(x, w.dtype)
                 with self.subTest(tile=tile, rows=rows, columns=columns):

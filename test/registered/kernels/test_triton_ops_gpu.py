@@ -39,12 +39,13 @@ from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm_triton
 from sglang.kernels.ops.norm.norm_product import norm_product_apart, norm_product_row
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_triton
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized_triton
-from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear_torch, quantize_groups_triton, random_blocks
+from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear_torch, quantize_groups_triton
 from sglang.kernels.registry import REGISTRY
-from sglang.kernels.spec import Case
 from sglang.srt.platforms import current_platform
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.kernel_choice import fresh_decisions
+from sglang.test.op_cases import Case, cases_of
+from sglang.test.op_cases.quant import random_blocks
 from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=240, suite="stage-b-test-1-gpu-small")
@@ -146,7 +147,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
         for name, impls in sorted(self.runnable.items()):
             op = REGISTRY.ops[name]
             for impl in impls if op.group in groups else ():
-                for case in op.cases():
+                for case in cases_of(op):
                     if impl.accepts is None or impl.accepts(*to(case.args, DEVICE)):
                         with self.subTest(op=name, impl=impl.name, case=case.name):
                             check_case(op, on_device(impl), case, on_matrix_units=True)
@@ -307,7 +308,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
         count = 0
         for name, truth in TRUTHS.items():
             for impl in self.runnable[name] if name not in OWN_DTYPES else ():
-                for case in REGISTRY.ops[name].cases():
+                for case in cases_of(REGISTRY.ops[name]):
                     args = half(name, case, torch.bfloat16)
                     if case.name in EXTREME or (impl.accepts and not impl.accepts(*to(args, DEVICE))):
                         continue
@@ -414,7 +415,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
         for name, impls in sorted(self.runnable.items()):
             op = REGISTRY.ops[name]
             for impl in (impl for impl in impls if impl.name == "triton" and op.group in groups):
-                for case in op.cases():
+                for case in cases_of(op):
                     args = to(case.args, DEVICE)
                     if "empty" in case.name or (impl.accepts is not None and not impl.accepts(*args)):
                         continue

@@ -13,6 +13,7 @@ from sglang.srt.layers.layernorm import Float32RMSNorm, GemmaRMSNorm, RMSNorm, R
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import ProjectedRows
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import cases_of
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
@@ -20,7 +21,7 @@ register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 class TestFloat32Weights(CustomTestCase):
     def test_the_weight_is_multiplied_before_the_one_rounding(self):
-        for x, weight, eps in (case.args for case in rms_norm.cases() if len(case.args) == 3):
+        for x, weight, eps in (case.args for case in cases_of(rms_norm) if len(case.args) == 3):
             x = x.bfloat16()
             wide = x.double()
             wanted = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang.kernels.ops.gdn.decode_step import gdn_decode_step_torch, step_inputs
+from sglang.kernels.ops.gdn.decode_step import gdn_decode_step_torch
 from sglang.srt.configs.cache_layout import STATE, CacheLayout
 from sglang.srt.layers.attention.base_attn_backend import UnplannedStepError
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend
@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.memory_pool import ModelPools, StateSlots
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, StepKind, StepPlan
 from sglang.test.cache_pools import pool_spec
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases.gdn import step_inputs
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")

@@ -5,9 +5,10 @@ import unittest
 
 import torch
 
-from sglang.kernels.ops.sampling.draw import RowOf, draw_args, draw_torch, draw_triton
+from sglang.kernels.ops.sampling.draw import draw_torch, draw_triton
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.draw_truth import judge_draw
+from sglang.test.op_cases.sampling import RowOf, draw_args
 from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=60, suite="stage-b-test-1-gpu-small")

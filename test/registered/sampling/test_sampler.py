@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from sglang.kernels.ops.sampling.draw import RowOf, draw, draw_args, draw_torch, filter_torch
+from sglang.kernels.ops.sampling.draw import draw, draw_torch, filter_torch
 from sglang.kernels.ops.sampling.greedy import greedy_sample, greedy_torch
 from sglang.kernels.ops.sampling.seeded import seeded_sample_torch, uniform_from_seed_torch
 from sglang.srt.layers import sampler as sampler_module
@@ -19,6 +19,8 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingR
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError, sample_seed
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.draw_truth import both_forms, judge_draw
+from sglang.test.op_cases import cases_of
+from sglang.test.op_cases.sampling import RowOf, draw_args
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
@@ -197,7 +199,7 @@ class TestGreedy(CustomTestCase):
         self.assertEqual(faults, [0, *[RowFault.LOGITS] * 3, 0])
 
     def test_every_case_by_hand(self) -> None:
-        for case in greedy_sample.cases():
+        for case in cases_of(greedy_sample):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 logits = case.args[0].to(dtype)
                 ids, faults = (found.tolist() for found in greedy_torch(logits))
@@ -232,9 +234,8 @@ class TestGreedy(CustomTestCase):
             self.assertTrue(bool(((ids >= 0) & (ids < 9)).all()))
 
     def test_empty_batch(self) -> None:
-        ids = Sampler()(
-            LogitsProcessorOutput(torch.empty(0, 9)), info_of([], 9), positions=torch.empty(0, dtype=torch.int64)
-        )
+        nobody = torch.empty(0, dtype=torch.int64)
+        ids = Sampler()(LogitsProcessorOutput(torch.empty(0, 9)), info_of([], 9), positions=nobody)
         self.assertEqual(ids.tolist(), [])
 
 
@@ -242,7 +243,7 @@ class TestDraw(CustomTestCase):
     """The reference of the draw against one row after the other in float64."""
 
     def test_every_case(self) -> None:
-        for case in draw.cases():
+        for case in cases_of(draw):
             with self.subTest(case.name):
                 ids, faults = draw_torch(*case.args)
                 self.assertEqual(judge_draw(case.args, ids, faults, faults), 0)

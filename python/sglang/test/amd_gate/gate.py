@@ -21,7 +21,7 @@ from typing import Any
 import triton
 
 from sglang.kernels.registry import REGISTRY
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
 from sglang.srt.platforms import override_platform
 from sglang.test.amd_gate.driver import Launch, compile_only
 from sglang.test.amd_gate.expectations import EXPECTED, MFMA_FP8, expected_instructions
@@ -29,6 +29,7 @@ from sglang.test.amd_gate.resources import Resources, drift, read_resources, unf
 from sglang.test.amd_gate.serving_cases import activation, attention, gdn, mhc, moe, norm, quant, rope, sampling
 from sglang.test.amd_gate.walk import OpCall, ShapeOnlyPlatform, Walk, WalkStep, describe_error, watched_ops
 from sglang.test.kernel_choice import fresh_decisions
+from sglang.test.op_cases import Case
 
 ARCHS = ("gfx942", "gfx950")
 TABLE = Path(__file__).with_name("resources.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, rows_of, triton_impl
 from sglang.kernels.ops.quant import group_fp8
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 
 def silu_and_mul_torch(x: Tensor, limit: float | None = None) -> Tensor:
@@ -75,34 +74,13 @@ def _accepts_quantized(x: Tensor, dtype: torch.dtype, limit: float | None = None
     return whole and dtype in group_fp8.FP8_DTYPES and _accepts(x, limit)
 
 
-def _quantized_cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(1)
-    for rows, width in ((1, 128), (5, 384), (0, 256), (33, 2304)):
-        x = torch.randn(rows, 2 * width, generator=generator)
-        yield Case(f"{rows}x{width}", (x, torch.float8_e4m3fn))
-        yield Case(f"{rows}x{width}-clamped", (x, torch.float8_e4m3fn, 0.5))
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for rows, width in ((1, 2), (5, 6), (0, 8), (17, 258)):
-        x = torch.randn(rows, width, generator=generator)
-        yield Case(f"{rows}x{width}", (x,))
-        yield Case(f"{rows}x{width}-clamped", (x, 0.5))
-    yield Case("saturated", (torch.tensor([[-200.0, 200.0, 3.0, 3.0], [0.0, -0.0, 1e30, -1e30]]),))
-    yield Case("clamped-far", (torch.tensor([[-9.0, 9.0, -9.0, 9.0, 9.0, 9.0, -9.0, -9.0]]), 2.0))
-    yield Case("nan-row", (torch.tensor([[float("nan"), 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]),))
-
-
 silu_and_mul = Op(
     "activation.silu_and_mul",
     triton_impl(silu_and_mul_triton, _accepts),
     Impl("torch", silu_and_mul_torch),
-    cases=_cases,
 )
 silu_and_mul_quantized = Op(
     "activation.silu_and_mul_quantized",
     triton_impl(silu_and_mul_quantized_triton, _accepts_quantized),
     Impl("torch", silu_and_mul_quantized_torch),
-    cases=_quantized_cases,
 )

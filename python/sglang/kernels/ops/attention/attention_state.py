@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
-from sglang.kernels.ops.attention.extend_ragged import expanded_views, indptr, join_tail, ragged_shapes
+from sglang.kernels.ops.attention.extend_ragged import join_tail
 from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
 from sglang.kernels.ops.attention.tiles import RowShape
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -105,42 +103,13 @@ def _accepts_merge(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor
     return out_a.dtype == out_b.dtype and out_a.dtype in FLOATS and dense
 
 
-def _extend_cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(*shape, True) for shape in ragged_shapes() if shape[0] != "many-blocks"]
-    shapes.append(("prefix-part", [4, 1, 7], [30, 0, 5], False))
-    for name, q_lens, kv_lens, causal in shapes:
-        for heads, kv_heads, dim, v_dim in ((2, 2, 24, 16), (4, 2, 8, 8)):
-            q = torch.randn(sum(q_lens), heads, dim, generator=generator)
-            k = torch.randn(sum(kv_lens), kv_heads, dim, generator=generator)
-            v = torch.randn(sum(kv_lens), kv_heads, v_dim, generator=generator)
-            yield Case(f"{name}-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3, causal))
-        q = torch.randn(sum(q_lens), 4, 20, generator=generator)
-        kv, rows = (torch.randn(sum(kv_lens), *shape, generator=generator) for shape in ((2, 24), (32,)))
-        k, v, tail = expanded_views(kv, rows, 12, 8)
-        yield Case(f"{name}-tail", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3, causal, tail))
-
-
-def _merge_cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for rows, heads, dim in ((0, 2, 8), (1, 1, 16), (5, 3, 24)):
-        outs = torch.randn(2, rows, heads, dim, generator=generator)
-        lses = torch.randn(2, rows, heads, generator=generator) * 20
-        if rows > 3:
-            lses[0, 1] = lses[1, 2] = lses[:, 3] = float("-inf")
-            outs[0, 1] = outs[1, 2] = outs[:, 3] = 0.0
-        yield Case(f"{rows}x{heads}", (outs[0], lses[0], outs[1], lses[1]))
-
-
 extend_state = Op(
     "attention_state.extend",
     triton_impl(extend_state_triton, _accepts_extend),
     Impl("torch", extend_state_torch),
-    cases=_extend_cases,
 )
 merge_states = Op(
     "attention_state.merge",
     triton_impl(merge_states_triton, _accepts_merge),
     Impl("torch", merge_states_torch),
-    cases=_merge_cases,
 )

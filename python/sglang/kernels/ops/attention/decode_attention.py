@@ -5,21 +5,17 @@ Slots are read from the request table; keys and values, or latent rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.attention.decode_padded import (
     decode_padded_torch,
-    decode_tables,
     last_lengths,
     queries_per_request,
-    spoil_ends,
 )
 from sglang.kernels.ops.attention.launchers import caches_fit, launch_decode
 from sglang.kernels.ops.attention.tiles import MANY_HEADS, RowShape
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 
 def decode_attention_torch(
@@ -78,46 +74,8 @@ def fits_table(
     return caches_fit(q, k_cache, v_cache, rank) and table.stride(1) == 1
 
 
-def request_tables() -> Iterator[tuple[str, int, tuple[torch.Tensor, torch.Tensor, torch.Tensor], int]]:
-    """Name, queries per request, (request table, its rows in use, lengths) and number of slots.
-
-    Unused entries name the last slot, which is to be poisoned.
-    """
-    for name, width, slots, lens, total in decode_tables():
-        rows = torch.arange(slots.shape[0]).flip(0) * 2 + 1
-        table = torch.full((2 * slots.shape[0] + 1, max(24, slots.shape[1] + 3)), total - 1, dtype=torch.int32)
-        table[rows, : slots.shape[1]] = slots.int()
-        yield name, width, (table, rows, lens), total
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, width, table, total in request_tables():
-        for heads, kv_heads, dim in ((2, 2, 8), (6, 2, 24), (4, 1, 16), (20, 1, 32))[: 4 if width == 1 else 2]:
-            q = torch.randn(width * len(table[1]), heads, dim, generator=generator)
-            k_cache = torch.randn(total, kv_heads, dim, generator=generator)
-            v_cache = torch.randn(total, kv_heads, dim, generator=generator)
-            k_cache[-1], v_cache[-1] = float("nan"), float("nan")
-            yield Case(f"{name}-{heads}x{kv_heads}-{dim}", (q, k_cache, v_cache, *table, 0.3))
-        if width > 1:
-            spoiled = spoil_ends(v_cache, table[0][table[1]].long(), table[2])
-            yield Case(f"{name}-nan-values", (q, k_cache, spoiled, *table, 0.3))
-        coarse = (cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache))
-        yield Case(f"{name}-fp8", (q, *coarse, *table, 0.3))
-        for heads in (3, MANY_HEADS + 6) if name in ("ragged", "equal-4-queries") else (3,):
-            q = torch.randn(width * len(table[1]), heads, 20, generator=generator)
-            latent = torch.randn(total, 1, 20, generator=generator)
-            latent[-1] = float("nan")
-            yield Case(f"{name}-latent-{heads}", (q, latent, None, *table, 0.2, 16))
-        if width > 1:
-            spoiled = spoil_ends(latent, table[0][table[1]].long(), table[2])
-            yield Case(f"{name}-latent-nan", (q[:, :3], spoiled, None, *table, 0.2, 16))
-        yield Case(f"{name}-latent-fp8", (q, latent.to(torch.float8_e4m3fn), None, *table, 0.2, 16))
-
-
 decode_attention = Op(
     "attention.decode_attention",
     triton_impl(decode_attention_triton, fits_table),
     Impl("torch", decode_attention_torch),
-    cases=_cases,
 )

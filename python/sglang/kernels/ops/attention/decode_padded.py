@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from sglang.kernels.ops.attention.kv_cache import read_rows
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Bytes of gathered rows at once: what a core's cache holds, so that rows are read from memory once.
 CHUNK_BYTES = 2 << 20
@@ -123,47 +121,4 @@ def _attend(
     return out
 
 
-def decode_tables() -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor, int]]:
-    """Name, queries per request, slot table, lengths and number of slots of the batches that decode kernels must get
-    right. A request with several queries has a token for each of them."""
-    generator = torch.Generator().manual_seed(5)
-    lengths = {"one-row": [1], "equal": [6, 6], "ragged": [1, 9, 4, 17], "with-empty": [3, 0, 5], "empty": []}
-    for name, counts in lengths.items():
-        total = sum(counts) + 2
-        order = iter((torch.randperm(total - 2, generator=generator) + 1).tolist())
-        table = torch.full((len(counts), max(counts, default=0)), total - 1)  # the last slot is poison
-        for row, count in enumerate(counts):
-            table[row, :count] = torch.tensor([next(order) for _ in range(count)])
-        lens = torch.tensor(counts, dtype=torch.int64)
-        yield name, 1, table, lens, total
-        for width in (2, 4, 9):
-            kept = lens >= width
-            if bool(kept.any()):
-                yield f"{name}-{width}-queries", width, table[kept], lens[kept], total
-
-
-def spoil_ends(cache: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-    """``cache`` with NaN at the last token of each request."""
-    return cache.index_fill(0, table.gather(1, lens.unsqueeze(1) - 1).flatten(), float("nan"))
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, width, table, lens, total in decode_tables():
-        for heads, kv_heads, dim in ((6, 2, 8), (2, 2, 8), (4, 1, 16))[: 3 if width == 1 else 1]:
-            q = torch.randn(len(lens) * width, heads, dim, generator=generator)
-            k_cache, v_cache = (torch.randn(total, kv_heads, dim, generator=generator) for _ in range(2))
-            k_cache[-1], v_cache[-1] = float("nan"), float("nan")
-            yield Case(f"{name}-{heads}x{kv_heads}", (q, k_cache, v_cache, table, lens, 0.3))
-        if width > 1:
-            spoiled = spoil_ends(v_cache, table, lens)
-            yield Case(f"{name}-nan", (q, k_cache, spoiled, table, lens, 0.3))
-        q = torch.randn(len(lens) * width, 3, 20, generator=generator)
-        latent = torch.randn(total, 1, 20, generator=generator)
-        latent[-1] = float("nan")
-        yield Case(f"{name}-latent", (q, latent, None, table, lens, 0.2, 16))
-        if width > 1:
-            yield Case(f"{name}-latent-nan", (q, spoil_ends(latent, table, lens), None, table, lens, 0.2, 16))
-
-
-decode_padded = Op("attention.decode_padded", Impl("torch", decode_padded_torch), cases=_cases)
+decode_padded = Op("attention.decode_padded", Impl("torch", decode_padded_torch))

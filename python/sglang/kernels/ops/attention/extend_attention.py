@@ -3,16 +3,14 @@ cached prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.attention.extend_ragged import extend_ragged_torch, indptr, ragged_shapes
+from sglang.kernels.ops.attention.extend_ragged import extend_ragged_torch
 from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.ops.attention.launchers import caches_fit, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 
 def extend_attention_torch(
@@ -60,28 +58,8 @@ def _accepts(
     return caches_fit(q, k_cache, v_cache, rank)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, q_lens, kv_lens in (*ragged_shapes(), ("no-keys", [2, 3], [4, 0])):
-        for heads, kv_heads in ((2, 2), (4, 1)):
-            slots = torch.randperm(sum(kv_lens) + 3, generator=generator)[: sum(kv_lens)]
-            q = torch.randn(sum(q_lens), heads, 8, generator=generator)
-            k_cache = torch.randn(sum(kv_lens) + 3, kv_heads, 8, generator=generator)
-            v_cache = torch.randn(sum(kv_lens) + 3, kv_heads, 8, generator=generator)
-            args = (q, k_cache, v_cache, slots, indptr(q_lens), indptr(kv_lens), 0.35)
-            yield Case(f"{name}-{heads}x{kv_heads}", args)
-        coarse = (cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache))
-        yield Case(f"{name}-fp8", (q, *coarse, *args[3:]))
-        q = torch.randn(sum(q_lens), 3, 20, generator=generator)
-        latent = torch.randn(sum(kv_lens) + 3, 1, 20, generator=generator)
-        rest = (None, slots, indptr(q_lens), indptr(kv_lens), 0.2, 16)
-        yield Case(f"{name}-latent", (q, latent, *rest))
-        yield Case(f"{name}-latent-fp8", (q, latent.to(torch.float8_e4m3fn), *rest))
-
-
 extend_attention = Op(
     "attention.extend_attention",
     triton_impl(extend_attention_triton, _accepts),
     Impl("torch", extend_attention_torch),
-    cases=_cases,
 )

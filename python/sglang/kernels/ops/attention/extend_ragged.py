@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
 from sglang.kernels.ops.attention.tiles import RowShape
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Query rows at once: small enough that a block skips most of the keys after it, large enough to fill a product.
-_BLOCK_ROWS = 512
+BLOCK_ROWS = 512
 # Bound on the logits mask of one block, in elements.
 _BLOCK_MASK = 1 << 21
 
@@ -29,7 +27,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     if v_dim < k.shape[2]:  # the fused kernel of torch wants one width
         value = F.pad(value, (0, k.shape[2] - v_dim))
     gqa = q.shape[1] != k.shape[1]
-    block = max(16, min(_BLOCK_ROWS, _BLOCK_MASK // max(num_keys, 1)))
+    block = max(16, min(BLOCK_ROWS, _BLOCK_MASK // max(num_keys, 1)))
     parts = []
     for start in range(0, num_queries, block):
         end = min(start + block, num_queries)
@@ -105,46 +103,8 @@ def _accepts(
     return rows_fit(q, k, v, k_tail)
 
 
-def ragged_shapes() -> Iterator[tuple[str, list[int], list[int]]]:
-    """Name, query lengths and key lengths of the batches that extend kernels must get right."""
-    yield "one-token", [1], [1]
-    yield "fresh", [5, 3], [5, 3]
-    yield "with-prefix", [4, 1, 7], [9, 20, 7]
-    yield "single-rows", [1, 1, 1], [3, 1, 17]
-    yield "one-empty", [2, 0, 3], [4, 6, 3]
-    yield "empty", [], []
-    yield "many-blocks", [_BLOCK_ROWS + 40], [_BLOCK_ROWS + 77]
-
-
-def indptr(lengths: list[int]) -> torch.Tensor:
-    """Running sum with a leading zero, int64 [len + 1]."""
-    return F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0))
-
-
-def expanded_views(kv: torch.Tensor, rows: torch.Tensor, nope: int, rope: int) -> tuple[torch.Tensor, ...]:
-    """k, v and k_tail as expanded latent attention makes them: views of kv [M, H, nope + Dv] and of rows [M, R + P]."""
-    return kv[..., :nope], kv[..., nope:], rows[:, -rope:]
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, q_lens, kv_lens in ragged_shapes():
-        for heads, kv_heads, dim, v_dim in ((2, 2, 12, 8), (4, 2, 8, 8)):
-            q = torch.randn(sum(q_lens), heads, dim, generator=generator)
-            k = torch.randn(sum(kv_lens), kv_heads, dim, generator=generator)
-            v = torch.randn(sum(kv_lens), kv_heads, v_dim, generator=generator)
-            yield Case(f"{name}-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3))
-        for heads, kv_heads, nope, rope in ((3, 3, 16, 4), (4, 2, 5, 11)):
-            q = torch.randn(sum(q_lens), heads, nope + rope, generator=generator)
-            kv = torch.randn(sum(kv_lens), kv_heads, nope + 8, generator=generator)
-            rows = torch.randn(sum(kv_lens), 32, generator=generator)
-            k, v, tail = expanded_views(kv, rows, nope, rope)
-            yield Case(f"{name}-tail-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3, tail))
-
-
 extend_ragged = Op(
     "attention.extend_ragged",
     triton_impl(extend_ragged_triton, _accepts),
     Impl("torch", extend_ragged_torch),
-    cases=_cases,
 )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.attention.decode_attention import decode_attention_torch, fits_table, request_tables
+from sglang.kernels.ops.attention.decode_attention import decode_attention_torch, fits_table
 from sglang.kernels.ops.attention.launchers import launch_parts, merge_parts, project_parts, projects
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.ops.quant import group_fp8
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 
 def mla_decode_project_torch(
@@ -59,23 +57,8 @@ def _accepts(
     return whole and w_vc.dtype == q.dtype and fits
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, queries, table, total in request_tables():
-        for heads, width in ((3, 24), (2, 64), (1, 256)) if queries == 1 else ():
-            q = torch.randn(table[1].shape[0], heads, 20, generator=generator)
-            cache = torch.randn(total, 20, generator=generator)
-            cache[-1] = float("nan")
-            w_vc = torch.randn(heads, width + 5, 16, generator=generator)[:, 5:].transpose(1, 2)
-            args = (q, cache, *table, w_vc, 0.2)
-            yield Case(f"{name}-{heads}x{width}", args)
-            if heads * width % group_fp8.GROUP == 0:
-                yield Case(f"{name}-{heads}x{width}-quantised", (*args, torch.float8_e4m3fn))
-
-
 mla_decode_project = Op(
     "attention.mla_decode_project",
     triton_impl(mla_decode_project_triton, _accepts),
     Impl("torch", mla_decode_project_torch),
-    cases=_cases,
 )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
-from sglang.kernels.ops.attention.packed_rows import RowLayout, is_packed, make_pages, store_rows_torch
+from sglang.kernels.ops.attention.packed_rows import RowLayout, is_packed, store_rows_torch
 from sglang.kernels.ops.rope.rotary_tail import rotary_tail_torch
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Numbers of query heads that a program holds.
 NUMBERS_PER_PROGRAM = 4096
@@ -83,33 +81,8 @@ def _accepts(
     return dense and same and is_packed(cache, scales, q.dtype)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    # By name: rows, heads, columns, columns that turn.
-    for name, num_rows, heads, dim, rotary in (
-        ("one", 1, 1, 16, 8), ("odd", 7, 5, 24, 8), ("wide", 3, 9, 512, 64), ("empty", 0, 2, 16, 8),
-    ):  # fmt: skip
-        both = torch.randn(num_rows, heads * dim + dim, generator=generator)
-        angles = torch.rand(32, rotary // 2, generator=generator) * 6.3
-        args = (
-            both[:, : heads * dim].unflatten(1, (heads, dim)), both[:, heads * dim :],
-            torch.randint(0, 32, (num_rows,), generator=generator), torch.cat((angles.cos(), angles.sin()), dim=1),
-            torch.randn(dim, generator=generator), 1e-6, torch.randperm(12, generator=generator)[:num_rows],
-        )  # fmt: skip
-        yield Case(name, (*args, torch.zeros(12, dim)))
-        for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
-            yield Case(f"{name}-{str(dtype)[14:]}-fp8", (*args, *make_pages(6, 2, dim, rotary, dtype)))
-            if name == "odd":
-                # Zeros, what rounds to them from below, and a group of which one number is almost all.
-                rows = torch.full((num_rows, dim), -0.0)
-                rows[1:3], rows[1:3, ::5], rows[3, 3] = -1e-9, 448.0, -3e4
-                pages = make_pages(6, 2, dim, rotary, dtype)
-                yield Case(f"{name}-{str(dtype)[14:]}-small-fp8", (args[0], rows, *args[2:], *pages))
-
-
 prepare_compressed = Op(
     "compressed.prepare",
     triton_impl(prepare_compressed_triton, _accepts),
     Impl("torch", prepare_compressed_torch),
-    cases=_cases,
 )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_kv_torch
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch, rows_per_program
 from sglang.kernels.ops.rope.rotary import rotary_torch
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # The widest head that one program holds.
 MAX_TRITON_DIM = 512
@@ -89,37 +87,8 @@ def _accepts(
     return dense and packed and flat and same and fits and is_cache_dtype(k_cache.dtype, q.dtype)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (
-        (1, 1, 1, 8, 8, 8),
-        (5, 6, 2, 24, 8, 12),
-        (0, 2, 1, 8, 4, 8),
-        (7, 9, 3, 20, 20, 33),
-        (3, 16, 2, 256, 64, 256),
-    )
-    for tokens, heads, kv_heads, dim, rope, value in shapes:
-        angles = torch.rand(32, rope // 2, generator=generator) * 6.3
-        table = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        # Queries alternate with their gates, and all come out of one product.
-        both = torch.randn(tokens, heads * 2 * dim + kv_heads * (dim + value), generator=generator)
-        gated, k, v = both.split((heads * 2 * dim, kv_heads * dim, kv_heads * value), dim=-1)
-        q = gated.unflatten(-1, (heads, 2, dim))[:, :, 0]
-        k, v = k.unflatten(-1, (kv_heads, dim)), v.unflatten(-1, (kv_heads, value))
-        weights = torch.randn(2, dim, generator=generator)
-        positions = torch.randint(0, 32, (tokens,), generator=generator)
-        caches = [torch.randn(16, kv_heads, width, generator=generator) for width in (dim, value)]
-        slots = torch.randperm(15, generator=generator)[:tokens] + 1
-        for is_neox in (True, False):
-            name = f"{tokens}x{heads}x{dim}-{'neox' if is_neox else 'interleaved'}"
-            yield Case(name, (q, k, v, *weights, positions, table, *caches, slots, 1e-6, is_neox))
-        coarse = [cache.to(torch.float8_e4m3fn) for cache in caches]
-        yield Case(f"{tokens}x{heads}x{dim}-fp8", (q, k, v, *weights, positions, table, *coarse, slots, 1e-6, True))
-
-
 prepare_gqa = Op(
     "prepare.gqa",
     triton_impl(prepare_gqa_triton, _accepts),
     Impl("torch", prepare_gqa_torch),
-    cases=_cases,
 )

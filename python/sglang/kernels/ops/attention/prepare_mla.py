@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_latent_torch
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch
 from sglang.kernels.ops.rope.rotary import rotary_torch
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Rotated pairs of query heads that a program turns.
 PAIRS_PER_PROGRAM = 1024
@@ -116,32 +114,8 @@ def _accepts(
     return dense and flat and same and q.dtype in FLOATS and is_cache_dtype(latent_cache.dtype, q.dtype)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for tokens, heads, nope, rope, rank in ((1, 1, 4, 8, 16), (5, 3, 12, 4, 20), (0, 2, 8, 8, 16), (9, 40, 6, 64, 33)):
-        angles = torch.rand(32, rope // 2, generator=generator) * 6.3
-        table = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        positions = torch.randint(0, 32, (tokens,), generator=generator)
-        q = torch.randn(tokens, heads, nope + rope, generator=generator)
-        wide = torch.randn(tokens, 2 * (rank + rope), generator=generator)
-        weight = torch.randn(rank, generator=generator)
-        cache = torch.randn(16, rank + rope, generator=generator)
-        slots = torch.randperm(15, generator=generator)[:tokens] + 1
-        shared = (q, wide[:, : rank + rope], positions, table, weight, cache, slots, 1e-6)
-        for is_neox in (True, False):
-            name = f"{tokens}x{heads}-{'neox' if is_neox else 'interleaved'}"
-            yield Case(f"{name}-in-place", (*shared, is_neox))
-            queries = torch.randn(tokens, heads, rank + rope, generator=generator)
-            yield Case(name, (*shared, is_neox, queries))
-            # Rows of the two halves of kv_b_proj are one after the other.
-            w_kc = torch.randn(heads, nope + 3, rank, generator=generator)[:, :nope]
-            yield Case(f"{name}-absorbed", (*shared, is_neox, queries, w_kc))
-        yield Case(f"{tokens}x{heads}-fp8", (*shared[:5], cache.to(torch.float8_e4m3fn), slots, 1e-6, False))
-
-
 prepare_mla = Op(
     "prepare.mla",
     triton_impl(prepare_mla_triton, _accepts),
     Impl("torch", prepare_mla_torch),
-    cases=_cases,
 )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.compress import GATHER_BYTES
-from sglang.kernels.ops.attention.packed_rows import is_packed, load_rows, make_pages, store_rows_torch
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.ops.attention.packed_rows import is_packed, load_rows
+from sglang.kernels.spec import Impl, Op
 
 # Bytes of scores at once, whatever the context: rows are served in parts. Programs that score one part. Heads and
 # columns that a program holds.
@@ -118,38 +116,8 @@ def _accepts(
     return dense and same_page and top_k > 0 and is_packed(keys, key_scales, q.dtype)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    # By name: rows, entries per page, pages, top-k.
-    shapes = {
-        "scored": (7, 4, 5, 6), "one": (1, 1, 3, 1), "all-fit": (4, 4, 2, 8), "ties": (5, 2, 6, 5),
-        "many-ties": (3, 64, 5, 100),
-    }  # fmt: skip
-    for name, (num_rows, per_page, pages, top_k) in (shapes | {"empty": (0, 4, 3, 2)}).items():
-        table = (torch.randperm(3 * pages, generator=generator) + 1).view(3, pages).to(torch.int32)
-        q = torch.randn(num_rows, 3, 8, generator=generator)
-        keys = torch.randn((3 * pages + 1) * per_page, 8, generator=generator)
-        if "ties" in name:
-            # Integers, and heads that all see less than nothing: many scores are equal, or 0.
-            q, keys = q.round(), keys.round()
-            q[0] = 0
-        keys[:per_page] = torch.nan
-        requests = torch.randint(0, 3, (num_rows,), generator=generator)
-        visible = torch.randint(0, pages * per_page + 1, (num_rows,), generator=generator).to(torch.int32)
-        visible[:2] = torch.tensor([pages * per_page, 0])[: visible[:2].shape[0]]
-        weights = torch.randn(num_rows, 3, generator=generator)
-        weights = weights.round() if "ties" in name else weights
-        args = (q, weights, keys, table, requests, visible, per_page, top_k)
-        yield Case(name, args)
-        if name == "scored":
-            packed, scales = make_pages(len(keys) // per_page, per_page, 8, None, torch.float8_e4m3fn)
-            store_rows_torch(keys, torch.arange(len(keys)), packed, scales)
-            yield Case("scored-packed", (q, weights, packed, *args[3:], scales))
-
-
 select_entries = Op(
     "compressed.select_entries",
     triton_impl(select_entries_triton, _accepts),
     Impl("torch", select_entries_torch),
-    cases=_cases,
 )

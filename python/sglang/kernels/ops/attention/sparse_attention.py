@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.compress import GATHER_BYTES
 from sglang.kernels.ops.attention.launchers import merge_parts
-from sglang.kernels.ops.attention.packed_rows import GROUP, is_packed, load_rows, make_pages, store_rows_torch
+from sglang.kernels.ops.attention.packed_rows import GROUP, is_packed, load_rows
 from sglang.kernels.ops.attention.sparse_passes import attend_in_passes, fits_passes
 from sglang.kernels.ops.attention.sparse_splits import SparseTile, choose_passes, sparse_tile, split_count
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 from sglang.srt.platforms import current_platform
 
 # Where 8-bit floats become bfloat16 by instructions on two at once.
@@ -189,56 +187,8 @@ def _reads(cache: Tensor, scales: Tensor | None, dim: int, dtype: torch.dtype) -
     return is_packed(cache, scales, dtype) and plain % GROUP + dim - plain <= GROUP
 
 
-def _packed(rows: Tensor, per_page: int, tail: int) -> tuple[Tensor, Tensor]:
-    """The rows [S, D] in pages of 8-bit rows, the last ``tail`` columns bfloat16."""
-    pages = make_pages(rows.shape[0] // per_page, per_page, rows.shape[1], tail, torch.float8_e4m3fn)
-    store_rows_torch(rows, torch.arange(rows.shape[0]), *pages)
-    return pages
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-
-    def some(high: int, *shape: int) -> Tensor:
-        return torch.randint(0, high, shape, generator=generator, dtype=torch.int32)
-
-    # By name: rows, heads, columns, rows of the window, chosen entries (None: all that are visible), sink.
-    shapes = {
-        "chosen": (6, 3, 12, 8, 5, 0.3), "all": (5, 2, 20, 7, None, -2.0), "wide": (3, 17, 96, 40, 70, 0.1),
-        "one": (1, 1, 16, 1, 1, 0.0), "sink": (4, 2, 12, 8, 3, 60.0), "no-choice": (3, 2, 12, 4, 0, 0.0),
-        "empty": (0, 2, 12, 4, 3, 0.0), "many-heads": (2, 70, 24, 18, 5, 0.2),
-    }  # fmt: skip
-    for name, (num_rows, heads, dim, num_window, num_chosen, sink) in shapes.items():
-        q = torch.randn(num_rows, heads, dim, generator=generator)
-        window, entries = (torch.randn(96, dim, generator=generator) for _ in range(2))
-        # Two pages that no request has, and rows that none attends to, are full of NaN.
-        window[0], entries[:4], entries[88:] = torch.nan, torch.nan, torch.nan
-        rows = 1 + some(95, num_rows, num_window)
-        rows[torch.rand(rows.shape, generator=generator) < 0.3] = -1
-        rows[1:2] = -1
-        table = (torch.randperm(21, generator=generator)[:20] + 1).view(2, 10).to(torch.int32)
-        visible = some(41, num_rows)
-        visible[1:2], visible[2:3] = 0, 40
-        chosen = None
-        if num_chosen is not None:
-            chosen = some(40, num_rows, num_chosen)
-            chosen[torch.rand(chosen.shape, generator=generator) < 0.2] = -1
-        requests, sinks = some(2, num_rows).long(), sink + torch.randn(heads, generator=generator)
-        of_entries = (chosen, table, requests, visible)
-        yield Case(name, (q, window, rows, sinks, dim**-0.5, None, entries, None, *of_entries, 4))
-        if name in ("chosen", "all", "wide"):
-            (packed, scales), (few, few_scales) = _packed(window, 8, 4), _packed(entries, 4, 4)
-            args = (q, packed, rows, sinks, dim**-0.5, scales, few, few_scales, *of_entries, 4)
-            yield Case(f"{name}-packed", args)
-        if name == "chosen":
-            coarse = [cache.to(torch.float8_e4m3fn) for cache in (window, entries)]
-            yield Case("8-bits", (q, coarse[0], rows, sinks, 0.3, None, coarse[1], None, *of_entries, 4))
-            yield Case("window", (q, window, rows, sinks, dim**-0.5))
-
-
 sparse_attention = Op(
     "compressed.sparse_attention",
     triton_impl(sparse_attention_triton, _accepts),
     Impl("torch", sparse_attention_torch),
-    cases=_cases,
 )

@@ -3,9 +3,6 @@ place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-
 import torch
 from torch import Tensor
 
@@ -14,7 +11,7 @@ from sglang.kernels.ops.gdn.reference import causal_conv1d_update, gdn_gating, l
 from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
 from sglang.kernels.ops.gdn.tiles import gdn_tiles
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm_torch
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Elements of a tile below which a warp would have several threads hold one of them and race to overwrite it.
 ELEMENTS_PER_WARP = 64
@@ -71,50 +68,8 @@ def gdn_decode_step_triton(
     return out
 
 
-# key heads, value heads a key head, K, V, W
-STEP_SHAPES = ((1, 1, 8, 8, 4), (2, 2, 32, 32, 4), (2, 3, 32, 48, 4), (1, 4, 16, 24, 2), (3, 1, 24, 16, 3))
-
-
-def step_inputs(
-    rows: int, slots: int, shape: tuple[int, int, int, int, int], generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32, device: str = "cpu",
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Random arguments up to ``ssm_state`` of either step, with z, b and a as the strided views that a layer has.
-
-    Of ``dtype``, except decay rates and states, which serving keeps in float32 too.
-    """
-    key_heads, per_key, k_dim, v_dim, width = shape
-    heads = key_heads * per_key
-    channels = 2 * key_heads * k_dim + heads * v_dim
-
-    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)
-
-    mixed_qkv, z = normal(rows, channels + heads * v_dim).split((channels, heads * v_dim), dim=-1)
-    b, a = normal(rows, 2 * heads).chunk(2, dim=-1)
-    A_log = torch.empty(heads, device=device).uniform_(generator=generator).mul(16).log()
-    parameters = (normal(channels, width), A_log, normal(heads), normal(v_dim))
-    states = (normal(slots, channels, width - 1), normal(slots, heads, v_dim, k_dim, dtype=torch.float32))
-    return (mixed_qkv, z.unflatten(-1, (heads, v_dim)), b, a, *parameters, *states)
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for rows, shape in product((1, 5), STEP_SHAPES):
-        slot_ids = torch.randperm(rows + 2, generator=generator)[:rows] + 1
-        inputs = step_inputs(rows, rows + 3, shape, generator)
-        yield Case(f"{rows}x" + "x".join(map(str, shape)), (*inputs, slot_ids, 1e-6))
-    # The state of the last row and head is NaN from here on, and no other.
-    inputs = step_inputs(5, 8, STEP_SHAPES[1], generator)
-    inputs[3][-1, -1] = torch.nan
-    yield Case("5-nan-gate", (*inputs, slot_ids, 1e-6))
-    nobody = torch.empty(0, dtype=torch.int64)
-    yield Case("empty", (*step_inputs(0, 2, STEP_SHAPES[0], generator), nobody, 1e-6))
-
-
 gdn_decode_step = Op(
     "gdn.decode_step",
     triton_impl(gdn_decode_step_triton, step_fits_triton),
     Impl("torch", gdn_decode_step_torch),
-    cases=_cases,
 )

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
-
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
-from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule, chunk_table
-from sglang.kernels.ops.gdn.decode_step import STEP_SHAPES, split_heads, step_inputs
+from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule
+from sglang.kernels.ops.gdn.decode_step import split_heads
 from sglang.kernels.ops.gdn.reference import causal_conv1d, gdn_gating
 from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
 from sglang.kernels.ops.gdn.tiles import gdn_tiles
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gated_rms_norm_torch
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Rows of a chunk that a program of the convolution takes.
 CONV_ROWS = 16
@@ -118,29 +115,8 @@ def gdn_extend_step_triton(
     return gated_rms_norm(out, z, norm_weight, eps)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    several = product(((2, 3), (0, 1, 5)), STEP_SHAPES)
-    long = (((63, 64, 65), STEP_SHAPES[0]), ((130,), STEP_SHAPES[2]), ((66,), STEP_SHAPES[4]))
-    for seq_lens, shape in (*several, *long):
-        slot_ids = torch.randperm(len(seq_lens) + 2, generator=generator)[: len(seq_lens)] + 1
-        inputs = step_inputs(sum(seq_lens), len(seq_lens) + 3, shape, generator)
-        name = "+".join(map(str, seq_lens)) + "-" + "x".join(map(str, shape))
-        yield Case(name, (*inputs, slot_ids, *chunk_table(seq_lens), 1e-6))
-        if len(seq_lens) > 1 and shape == STEP_SHAPES[1]:
-            # The first gate of a sequence: all that follows of this head is NaN.
-            inputs = step_inputs(sum(seq_lens), len(seq_lens) + 3, shape, generator)
-            inputs[3][seq_lens[0], 1] = torch.nan
-            yield Case(f"{name}-nan-gate", (*inputs, slot_ids, *chunk_table(seq_lens), 1e-6))
-    for name, nothing in (("no-sequence", []), ("no-token", [0])):
-        inputs = step_inputs(0, 3, STEP_SHAPES[1], generator)
-        slot_ids = torch.ones(len(nothing), dtype=torch.int64)
-        yield Case(name, (*inputs, slot_ids, *chunk_table(nothing), 1e-6))
-
-
 gdn_extend_step = Op(
     "gdn.extend_step",
     triton_impl(gdn_extend_step_triton, step_fits_triton),
     Impl("torch", gdn_extend_step_torch),
-    cases=_cases,
 )

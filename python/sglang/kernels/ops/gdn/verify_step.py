@@ -6,18 +6,16 @@ The next step first runs the tail's tokens that counted, on the slot, and then i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
-from sglang.kernels.ops.gdn.decode_step import STEP_SHAPES, split_heads, step_inputs
+from sglang.kernels.ops.gdn.decode_step import split_heads
 from sglang.kernels.ops.gdn.reference import gdn_gating
 from sglang.kernels.ops.gdn.shapes import shape_of, step_fits_triton
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gated_rms_norm_torch
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Channels of a program of the inputs, and rows of a state that one of the recurrence holds.
 CHANNELS, STATE_ROWS = 256, 32
@@ -149,32 +147,8 @@ def gdn_verify_step_triton(
     return gated_rms_norm(out, z, norm_weight, eps)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for size, rows, shape, broken in (
-        (1, 2, STEP_SHAPES[0], False),
-        (3, 4, STEP_SHAPES[1], False),
-        (5, 3, STEP_SHAPES[2], False),
-        (2, 2, STEP_SHAPES[3], False),
-        (2, 2, STEP_SHAPES[3], True),
-    ):
-        *inputs, conv, ssm = step_inputs(size * rows, size + 3, shape, generator)
-        old = step_inputs((size + 3) * rows, 1, shape, generator)
-        tail_qkv = old[0].unflatten(0, (size + 3, rows)).contiguous()
-        tail_gates = torch.cat(old[2:4], dim=-1).unflatten(0, (size + 3, rows)).contiguous()
-        lengths = torch.randint(0, rows + 1, (size + 3,), generator=generator)
-        slots = torch.randperm(size + 2, generator=generator)[:size] + 1
-        lengths[slots[-1:]] = 1 << 40  # all of the tail, and no more
-        name = f"{size}x{rows} " + "x".join(map(str, shape))
-        if broken:
-            inputs[3][1, 0] = torch.nan
-            name += "-nan-gate"
-        yield Case(name, (*inputs, conv, ssm, tail_qkv, tail_gates, lengths, slots, 1e-6))
-
-
 gdn_verify_step = Op(
     "gdn.verify_step",
     triton_impl(gdn_verify_step_triton, step_fits_triton),
     Impl("torch", gdn_verify_step_torch),
-    cases=_cases,
 )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sglang.kernels.launch import cdiv, early_start
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Outputs and columns of a program for one row (those of one token's experts, which are as many bytes per program), and
 # the most elements of a matrix: a larger one keeps the library at the rate of memory.
@@ -40,16 +38,6 @@ def _is_row(x: Tensor, w: Tensor, bias: Tensor | None = None) -> bool:
     return one and x.dtype == w.dtype in (torch.bfloat16, torch.float16) and x.stride(1) == w.stride(1) == 1
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for rows, width, columns in ((1, 33, 1100), (1, 1, 8), (0, 5, 16), (7, 64, 96)):
-        wide = torch.randn(rows, columns + 3, generator=generator)
-        w = torch.randn(width, columns, generator=generator) / columns**0.5
-        yield Case(f"{rows}x{width}x{columns}", (wide[:, :columns], w))
-        yield Case(f"{rows}x{width}x{columns}-bias", (wide[:, :columns], w, torch.randn(width, generator=generator)))
-    yield Case("nan-row", (torch.tensor([[float("nan"), 1.0], [1.0, 1.0]]), torch.ones(3, 2)))
-
-
 dense_linear = Op(
     "linear.dense",
     Impl(
@@ -64,5 +52,4 @@ dense_linear = Op(
     # The library serves what is left, by choice: nothing falls back.
     Impl("blas", dense_linear_torch, kinds={"cuda", "hip"}, needs_device=True),
     Impl("torch", dense_linear_torch),
-    cases=_cases,
 )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.mhc.hc_pre import (
     normed_product,
-    parameters,
-    streams,
     weighted_streams,
 )
 from sglang.kernels.ops.mhc.launchers import fits_way_in, join_streams, make_parts, mix_streams
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 
 def hc_head_torch(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float) -> Tensor:
@@ -34,11 +30,4 @@ def _accepts(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float,
     return fits_way_in(x, fn, base, scale)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, x in streams(generator):
-        fn, base = parameters(x.shape[1], x.shape[2], x.shape[1], generator)
-        yield Case(name, (x, fn, base, torch.rand(1, generator=generator) + 0.5, 1e-6, 1e-6))
-
-
-hc_head = Op("mhc.hc_head", triton_impl(hc_head_triton, _accepts), Impl("torch", hc_head_torch), cases=_cases)
+hc_head = Op("mhc.hc_head", triton_impl(hc_head_triton, _accepts), Impl("torch", hc_head_torch))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.mhc.hc_post import hc_post_torch
 from sglang.kernels.ops.mhc.hc_post_pre_aiter import aiter_impls
-from sglang.kernels.ops.mhc.hc_pre import hc_pre_torch, parameters, streams
+from sglang.kernels.ops.mhc.hc_pre import hc_pre_torch
 from sglang.kernels.ops.mhc.launchers import fits_way_in, fits_way_out, join_streams, make_parts, mix_streams
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # The new streams, the next sub-block's input, post and comb for the way out of it, and whether the input is normed.
 PostPre = tuple[Tensor, Tensor, Tensor, Tensor, bool]
@@ -54,25 +52,9 @@ def _accepts(
     return gain and iterations > 0 and fits_way_out(row, x, post, comb) and fits_way_in(x, fn, base, scale)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, x in streams(generator):
-        rows, n, width = x.shape
-        fn, base = parameters(n, width, (2 + n) * n, generator)
-        way_out = torch.rand(rows, n, generator=generator) * 2, torch.rand(rows, n, n, generator=generator)
-        row, scale = torch.randn(rows, width, generator=generator), torch.rand(3, generator=generator) + 0.5
-        args = (row, x, *way_out, fn, base, scale, 1e-6, 1e-6, 20)
-        yield Case(name, args)
-        yield Case(f"{name}-normed", (*args, torch.rand(width, generator=generator) + 0.5, 1e-6))
-    ugly = x.clone()
-    ugly[0, 1, 3] = float("nan")
-    yield Case("nan-row", (row, ugly, *way_out, fn, base, scale, 1e-6, 1e-6, 20, torch.ones(width), 1e-6))
-
-
 hc_post_pre = Op(
     "mhc.hc_post_pre",
     *aiter_impls(),
     triton_impl(hc_post_pre_triton, _accepts),
     Impl("torch", hc_post_pre_torch),
-    cases=_cases,
 )

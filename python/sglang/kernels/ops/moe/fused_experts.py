@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from sglang.kernels.ops.moe.fused_experts_aiter import (
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.ops.quant.group_fp8 import GROUP
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 from sglang.srt.platforms import current_platform
 
 SM90_BODIES = "sglang.kernels.ops.moe.fused_experts_sm90_triton"
@@ -320,35 +320,11 @@ def routing_fits(weights: Tensor, ids: Tensor, num_experts: int) -> bool:
     return dense and num_experts <= MAX_TRITON_EXPERTS and ids.shape[1] > 0
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (
-        ("one-row", 1, 8, 4, 4, 2),
-        ("odd", 7, 12, 6, 5, 3),
-        ("empty", 0, 8, 4, 4, 2),
-        ("batch", 40, 32, 16, 8, 4),
-    )
-    for name, rows, hidden, intermediate, experts, top_k in shapes:
-        x = torch.randn(rows, hidden, generator=generator)
-        w13 = torch.randn(experts, 2 * intermediate, hidden, generator=generator) / hidden**0.5
-        w2 = torch.randn(experts, hidden, intermediate, generator=generator) / intermediate**0.5
-        weights = torch.rand(rows, top_k, generator=generator)
-        ids = torch.randint(0, experts, (rows, top_k), generator=generator, dtype=torch.int32)
-        yield Case(name, (x, w13, w2, weights, ids))
-        yield Case(f"{name}-clamped", (x, w13, w2, weights, ids, 0.5))
-        if rows > 1:
-            yield Case(f"{name}-one-expert", (x, w13, w2, weights, torch.full_like(ids, experts - 1)))
-            holes = ids.masked_fill(torch.rand(rows, top_k, generator=generator) < 0.4, -1)
-            yield Case(f"{name}-holes", (x, w13, w2, weights, holes))
-            yield Case(f"{name}-all-skipped", (x, w13, w2, weights, torch.full_like(ids, -1)))
-
-
 fused_experts = Op(
     "moe.fused_experts",
     aiter_impl(fused_experts_aiter, fits_fused),
     triton_impl(fused_experts_triton, _accepts),
     Impl("torch", fused_experts_torch),
-    cases=_cases,
 )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -21,13 +19,11 @@ from sglang.kernels.ops.quant.group_fp8 import (
     GROUP,
     block_fp8_linear_torch,
     fp8_dtype,
-    quantize_groups_torch,
     quantize_groups_triton,
-    random_blocks,
     scaled_product,
     with_scales,
 )
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 from sglang.srt.platforms import current_platform
 
 
@@ -79,34 +75,11 @@ def _accepts(
     return whole and native and dense and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
 
-def _blocks(count: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    data, scales = zip(*(random_blocks(rows, columns, generator) for _ in range(count)), strict=True)
-    return torch.stack(data), torch.stack(scales)
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 256, 128, 4, 2), (7, 128, 256, 5, 3), (0, 128, 128, 4, 2), (40, 256, 128, 8, 4))
-    for rows, hidden, width, experts, top_k in shapes:
-        x = torch.randn(rows, hidden, generator=generator)
-        stacked = (*_blocks(experts, 2 * width, hidden, generator), *_blocks(experts, hidden, width, generator))
-        weights = torch.rand(rows, top_k, generator=generator)
-        ids = torch.randint(0, experts, (rows, top_k), generator=generator, dtype=torch.int32)
-        yield Case(f"{rows}x{hidden}x{width}", (x, *stacked, weights, ids))
-        yield Case(f"{rows}x{hidden}x{width}-clamped", (x, *stacked, weights, ids, None, None, 0.5))
-        if rows > 1:
-            holes = ids.masked_fill(torch.rand(rows, top_k, generator=generator) < 0.4, -1)
-            yield Case(f"{rows}x{hidden}x{width}-holes", (x, *stacked, weights, holes))
-            q, scale = quantize_groups_torch(x, stacked[0].dtype)
-            yield Case(f"{rows}x{hidden}x{width}-quantised", (q, *stacked, weights, holes, scale, torch.float32))
-
-
 fused_experts_fp8 = Op(
     "moe.fused_experts_fp8",
     aiter_impl(fused_experts_fp8_aiter, fits_fused_fp8),
     triton_impl(fused_experts_fp8_triton, _accepts),
     Impl("torch", fused_experts_fp8_torch),
-    cases=_cases,
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from sglang.kernels.ops.quant.mxfp4 import (
     unpack_eighths,
 )
 from sglang.kernels.registry import REGISTRY
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
@@ -234,30 +233,6 @@ def random_experts(experts: int, rows: int, columns: int, generator: torch.Gener
     return quantize_mxfp4(torch.randn(experts, rows, columns, generator=generator) * columns**-0.5)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 64, 32, 4, 2), (7, 96, 64, 5, 3), (0, 64, 32, 4, 2), (40, 64, 96, 8, 4))
-    for rows, hidden, width, experts, top_k in shapes:
-        x = torch.randn(rows, hidden, generator=generator)
-        stacked = (*random_experts(experts, 2 * width, hidden, generator),
-                   *random_experts(experts, hidden, width, generator))  # fmt: skip
-        weights = torch.rand(rows, top_k, generator=generator)
-        ids = torch.randint(0, experts, (rows, top_k), generator=generator, dtype=torch.int32)
-        name = f"{rows}x{hidden}x{width}"
-        yield Case(name, (x, *stacked, weights, ids))
-        yield Case(f"{name}-clamped", (x, *stacked, weights, ids, 0.5))
-        if rows > 1:
-            holes = ids.masked_fill(torch.rand(rows, top_k, generator=generator) < 0.4, -1)
-            yield Case(f"{name}-holes", (x, *stacked, weights, holes))
-            yield Case(f"{name}-all-skipped", (x, *stacked, weights, torch.full_like(ids, -1)))
-    x = torch.randn(3, 64, generator=generator) * 1e-3
-    codes = [torch.randint(0, 256, shape, generator=generator).to(torch.uint8) for shape in ((2, 64, 32), (2, 64, 16))]
-    # Groups of one row with scales far apart; the results are float32 all the same.
-    scales = torch.tensor([100, 140], dtype=torch.uint8).expand(2, 64, 2).contiguous()
-    ids = torch.tensor([[0, 1], [1, 1], [-1, 0]], dtype=torch.int32)
-    yield Case("scales-apart", (x, codes[0], scales, codes[1], scales[..., :1].contiguous(), torch.ones(3, 2), ids))
-
-
 fused_experts_mxfp4 = Op(
     "moe.fused_experts_mxfp4",
     Impl(
@@ -281,7 +256,6 @@ fused_experts_mxfp4 = Op(
     ),
     triton_impl(fused_experts_mxfp4_triton, _accepts),
     Impl("torch", fused_experts_mxfp4_torch),
-    cases=_cases,
 )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, triton_impl
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Tokens up to which programs share out the experts and do not use the matrix unit (by reasoning, not measured).
 FEW_TOKENS = 16
@@ -62,21 +60,9 @@ def _accepts(x: Tensor, weight: Tensor) -> bool:
     return _fits(x, weight) and (x.dtype != torch.float32 or x.shape[0] <= FEW_TOKENS)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    few, many = ((1, 5, 12), (1, 130, 40), (0, 4, 8), (7, 64, 33), (16, 70, 20)), ((17, 33, 70), (90, 8, 64))
-    for tokens, experts, hidden in few + many:
-        wide = torch.randn(tokens, hidden + 4, generator=generator)
-        weight = torch.randn(experts, hidden, generator=generator) / hidden**0.5
-        for dtype in (torch.float32, torch.float16):
-            yield Case(f"{tokens}x{experts}x{hidden} {dtype}", (wide[:, :hidden].to(dtype), weight.to(dtype)))
-    yield Case("nan-row", (torch.tensor([[float("nan"), 1.0], [1.0, 1.0]]), torch.ones(3, 2)))
-
-
 router_logits = Op(
     "moe.router_logits",
     Impl("mm", router_logits_mm, kinds={"cuda"}, needs_device=True, accepts=_accepts_mm),
     triton_impl(router_logits_triton, _accepts),
     Impl("torch", router_logits_torch),
-    cases=_cases,
 )

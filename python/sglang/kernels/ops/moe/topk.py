@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, early_start, next_power_of_2, triton_impl
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Experts that one program of the Triton router holds, groups and sizes rounded up to powers of two.
 MAX_TRITON_EXPERTS = 1024
@@ -130,39 +129,4 @@ def _accepts(logits: Tensor, bias: Tensor | None, rule: Routing, shared: SharedS
     return readable and biased and held and 0 < rule.top_k <= min(rule.topk_group, groups) * size
 
 
-def _logits() -> Iterator[tuple[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    for rows in (1, 7, 0, 64):
-        yield f"{rows}-rows", torch.randn(rows, 16, generator=generator) * 2
-    yield "ties", torch.zeros(3, 16)
-    ugly = torch.randn(4, 16, generator=generator)
-    ugly[0, 3] = float("nan")
-    ugly[1, :8] = float("-inf")
-    ugly[2, 5] = 300.0
-    ugly[3] = float("-inf")
-    yield "nan-inf", ugly
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(3)
-    kinds = (("softmax", False, 1.0), ("softmax", True, 1.0), ("sigmoid", True, 2.5), ("sqrtsoftplus", True, 1.5))
-    for name, logits in _logits():
-        bias = torch.randn(16, generator=generator)
-        for scoring, renormalize, scale in kinds:
-            rule = Routing(4, scoring, renormalize, scale=scale)
-            yield Case(f"{name}-{scoring}-{renormalize}", (logits, None, rule))
-        for shared in (SharedSlots(1, gated=True), SharedSlots(2, 0.5), SharedSlots(3, 0.25, gated=True)):
-            # A gate next to 16 experts, in rows that are longer than necessary.
-            padded = torch.nn.functional.pad(logits, (0, 7), value=-0.5)[:, : 16 + shared.gated]
-            yield Case(f"{name}-{shared}", (padded, None, Routing(4, "softmax", True, scale=2.5), shared))
-        for n_group, topk_group in ((4, 2), (8, 3), (1, 1)):
-            groups = f"{n_group}-{topk_group}"
-            yield Case(f"{name}-{groups}", (logits, None, Routing(4, "softmax", False, n_group, topk_group, 16.0)))
-            yield Case(f"{name}-biased-{groups}", (logits, bias, Routing(4, "sigmoid", True, n_group, topk_group, 2.5)))
-        plain, biased = Routing(4, "softmax", False, 4, 2, 16.0), Routing(4, "sigmoid", True, 4, 2, 2.5)
-        yield Case(f"{name}-shared", (logits, None, plain, SharedSlots(2)))
-        yield Case(f"{name}-biased-shared", (logits, bias, biased, SharedSlots(1, 0.25)))
-        yield Case(f"{name}-biased-sqrtsoftplus", (logits, bias, Routing(4, "sqrtsoftplus", True, scale=1.5)))
-
-
-topk = Op("moe.topk", triton_impl(topk_triton, _accepts), Impl("torch", topk_torch), cases=_cases)
+topk = Op("moe.topk", triton_impl(topk_triton, _accepts), Impl("torch", topk_torch))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +10,7 @@ from sglang.kernels.launch import cdiv, early_start, next_power_of_2, triton_imp
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm_torch
 from sglang.kernels.ops.norm.rmsnorm import fits_triton
 from sglang.kernels.ops.quant import group_fp8
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Numbers of all rows up to which each program norms them again rather than wait for another launch (by reasoning, not
 # measured), and experts up to which each has a program of its own.
@@ -71,24 +69,8 @@ def _accepts(
     return x.ndim == 2 and are_few(x) and same and whole and gate.stride(1) == 1 and fits_triton(x, weight, residual)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(4)
-    for rows, dim, experts in ((1, 128, 5), (3, 384, 130), (2, 129, 264), (7, 1152, 16)):
-        x, residual = (torch.randn(rows, dim + 4, generator=generator)[:, :dim] for _ in range(2))
-        weight, gate = torch.randn(dim, generator=generator), torch.randn(experts, dim, generator=generator)
-        args = (x, residual, weight, 1e-6, gate / dim**0.5, torch.float32)
-        yield Case(f"{rows}x{dim}x{experts}", args)
-        yield Case(f"{rows}x{dim}x{experts}-unit-offset", (*args, True))
-        if dim % group_fp8.GROUP == 0:
-            yield Case(f"{rows}x{dim}x{experts}-quantised", (*args, False, torch.float8_e4m3fn))
-    ugly = torch.randn(2, 128, generator=generator)
-    ugly[0, 3] = float("nan")
-    yield Case("nan-row", (ugly, ugly.flip(1).clone(), torch.ones(128), 1e-6, torch.ones(3, 128), torch.float32))
-
-
 add_norm_logits = Op(
     "norm.add_norm_logits",
     triton_impl(add_norm_logits_triton, _accepts),
     Impl("torch", add_norm_logits_torch),
-    cases=_cases,
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from sglang.kernels.launch import cdiv, early_start, next_power_of_2
 from sglang.kernels.ops.linear.dense import ROW_MAX_ELEMENTS, dense_linear, dense_linear_torch
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm, fused_add_rms_norm_torch
 from sglang.kernels.ops.norm.rmsnorm import fits_triton, rms_norm, rms_norm_torch
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # The widest row that a program norms for its outputs, and how many weights it holds, at most 8 rows of them, by 64 for
 # each thread. A step of V2-Lite with it takes 0.970 of the time on one H200, triton 3.6.0, 2026-11-30. Of 8-bit weights
@@ -74,20 +72,6 @@ def _accepts(
     return one and same and w.stride(1) == 1 and fits_triton(x, weight, residual)
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(5)
-    for rows, dim, width in ((1, 128, 5), (3, 384, 130), (0, 128, 8), (1, 129, 3), (1, 1152, 200)):
-        x, residual = (torch.randn(rows, dim + 4, generator=generator)[:, :dim] for _ in range(2))
-        weight, w = torch.randn(dim, generator=generator), torch.randn(width, dim, generator=generator) / dim**0.5
-        for added in (residual, None):
-            name = f"{rows}x{dim}x{width}{'-alone' if added is None else ''}"
-            yield Case(name, (x, added, weight, 1e-6, w))
-            yield Case(f"{name}-unit-offset", (x, added, weight, 1e-6, w, True))
-    ugly, residual = torch.ones(1, 129), torch.ones(1, 129)
-    ugly[0, 3] = float("nan")
-    yield Case("nan-row", (ugly, residual, torch.ones(129), 1e-6, torch.ones(3, 129)))
-
-
 norm_product = Op(
     "norm.norm_product",
     Impl(
@@ -102,5 +86,4 @@ norm_product = Op(
     # What is left are ops that choose for themselves: nothing falls back.
     Impl("apart", norm_product_apart, kinds={"cuda", "hip"}, needs_device=True),
     Impl("torch", norm_product_torch),
-    cases=_cases,
 )

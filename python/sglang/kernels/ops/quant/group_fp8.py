@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, early_start, triton_impl
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 from sglang.srt.platforms import current_platform
 
 GROUP = 128
@@ -248,46 +247,10 @@ def _accepts_linear(
     return native and x.dtype == w.dtype and x.is_contiguous() and dtype in FLOATS
 
 
-def _rows() -> Iterator[tuple[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    for rows, columns in ((1, 128), (5, 384), (0, 256), (70, 256)):
-        yield f"{rows}x{columns}", torch.randn(rows, columns, generator=generator)
-    ugly = torch.randn(4, 256, generator=generator)
-    ugly[0], ugly[1, :128], ugly[2, 7], ugly[3, 130] = 0.0, 1e-20, 3e4, float("nan")
-    yield "zero-tiny-outlier-nan", ugly
-
-
-def _quantize_cases() -> Iterator[Case]:
-    for name, x in _rows():
-        yield Case(name, (x, torch.float8_e4m3fn))
-
-
-def random_blocks(rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A quantised matrix [rows, columns] of entries near N(0, 1 / columns), and the scales of its blocks."""
-    w = torch.randn(rows, columns, generator=generator).mul(16).to(torch.float8_e4m3fn)
-    scale = torch.rand(cdiv(rows, GROUP), cdiv(columns, GROUP), generator=generator) + 0.5
-    return w, scale * columns**-0.5 / 16
-
-
-def _linear_cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(1)
-    for name, x in _rows():
-        blocks = random_blocks(200, x.shape[1], generator)
-        yield Case(name, (x, *blocks))
-        q, scale = empty_quantized(x.shape[0], x.shape[1], blocks[0].dtype, x.device)
-        for made, wanted in zip((q, scale), quantize_groups_torch(x, q.dtype), strict=True):
-            made.copy_(wanted)
-        yield Case(f"{name}-quantised", (q, *blocks, scale, torch.float32))
-    for rows, columns in ((1, 1152), (1, 2048), (3, 2176), (16, 2048)):
-        x = torch.randn(rows, columns, generator=generator)
-        yield Case(f"{rows}x{columns}", (x, *random_blocks(136, columns, generator)))
-
-
 quantize_groups = Op(
     "quant.quantize_groups",
     triton_impl(quantize_groups_triton, _accepts_quantize),
     Impl("torch", quantize_groups_torch),
-    cases=_quantize_cases,
 )
 block_fp8_linear = Op(
     "quant.block_fp8_linear",
@@ -303,5 +266,4 @@ block_fp8_linear = Op(
     ),
     triton_impl(block_fp8_linear_triton, _accepts_linear),
     Impl("torch", block_fp8_linear_torch),
-    cases=_linear_cases,
 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 
 def rotary_torch(
@@ -67,22 +65,4 @@ def _accepts(
     return dense and same and q.dtype in FLOATS and cos_sin_cache.dtype in FLOATS
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (
-        ("one-row", 1, 1, 1, 8, 8),
-        ("partial", 5, 4, 2, 24, 8),
-        ("mla", 7, 3, 1, 64, 64),
-        ("empty", 0, 2, 1, 8, 8),
-    )
-    for name, rows, heads, kv_heads, dim, rotary_dim in shapes:
-        angles = torch.rand(32, rotary_dim // 2, generator=generator) * 6.3
-        cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        positions = torch.randint(0, 32, (rows,), generator=generator)
-        q = torch.randn(rows, heads, dim, generator=generator)
-        k = torch.randn(rows, kv_heads, dim, generator=generator)
-        for is_neox in (True, False):
-            yield Case(f"{name}-{'neox' if is_neox else 'interleaved'}", (positions, q, k, cache, is_neox))
-
-
-rotary = Op("rope.rotary", triton_impl(rotary_triton, _accepts), Impl("torch", rotary_torch), cases=_cases)
+rotary = Op("rope.rotary", triton_impl(rotary_triton, _accepts), Impl("torch", rotary_torch))

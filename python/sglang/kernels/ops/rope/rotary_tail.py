@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 
 # Numbers of heads that a program holds.
 NUMBERS_PER_PROGRAM = 4096
@@ -50,19 +48,4 @@ def _accepts(x: Tensor, positions: Tensor, cos_sin_cache: Tensor, inverse: bool 
     return dense and x.dtype in FLOATS and x.shape[2] % 2 == 0 and x.shape[2] <= NUMBERS_PER_PROGRAM
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, rows, heads, width, rotary in (
-        ("one-row", 1, 1, 8, 8), ("partial", 5, 4, 24, 8), ("empty", 0, 2, 8, 4), ("wide", 9, 3, 64, 16),
-    ):  # fmt: skip
-        angles = torch.rand(32, rotary // 2, generator=generator) * 6.3
-        cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        positions = torch.randint(0, 32, (rows,), generator=generator)
-        x = torch.randn(rows, heads, width, generator=generator)
-        for inverse in (False, True):
-            yield Case(f"{name}-{'back' if inverse else 'forth'}", (x, positions, cache, inverse))
-
-
-rotary_tail = Op(
-    "rope.rotary_tail", triton_impl(rotary_tail_triton, _accepts), Impl("torch", rotary_tail_torch), cases=_cases
-)
+rotary_tail = Op("rope.rotary_tail", triton_impl(rotary_tail_triton, _accepts), Impl("torch", rotary_tail_torch))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, early_start, next_power_of_2, triton_impl
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.spec import Impl, Op
 from sglang.srt.platforms import current_platform
 
 # AITER reads rows in vectors of this many logits: of a shorter last one it takes what is past V for 0.
@@ -85,34 +85,9 @@ def _accepts(logits: Tensor) -> bool:
     return logits.dtype in FLOATS and logits.shape[1] > 0
 
 
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for rows, vocab in ((1, 1), (1, 32000), (3, 151), (64, 129280 // 64), (0, 32)):
-        yield Case(f"{rows}x{vocab}", (torch.randn(rows, vocab, generator=generator),))
-    ties = torch.zeros(4, 33)
-    ties[1, 7] = ties[1, 20] = 5.0
-    ties[2, 32] = ties[2, 0] = 1e4
-    ties[3] = -1e4
-    yield Case("ties", (ties,))
-    ugly = torch.randn(7, 5000, generator=generator)
-    ugly[0] = -math.inf
-    ugly[1, 3] = ugly[1, 4500] = math.nan
-    ugly[2] = math.nan
-    ugly[3, 5:] = -math.inf
-    ugly[4, 4999] = math.inf
-    ugly[5], ugly[5, 2], ugly[5, 4000] = -0.0, 0.0, -0.0
-    ugly[6, 7], ugly[6, 4999] = math.inf, -math.nan
-    yield Case("inf-nan-many-blocks", (ugly,))
-    yield Case("inf-nan", (ugly[:, :65].contiguous(),))
-    yield Case("bfloat16", (ugly.to(torch.bfloat16),))
-    yield Case("extremes", (torch.tensor([[-3.4e38, -3.3e38], [1e-40, -1e-40], [-1e-45, -2e-45]]),))
-    yield Case("strided", (torch.randn(40, 6, generator=generator).t(),))
-
-
 greedy_sample = Op(
     "sampling.greedy",
     aiter_impl(greedy_aiter, fits_aiter),
     triton_impl(greedy_triton, _accepts),
     Impl("torch", greedy_torch),
-    cases=_cases,
 )

@@ -7,8 +7,9 @@ from typing import Protocol
 
 import torch
 
+from sglang.kernels.ops.gdn.chunk import chunk_table
 from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
-from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
+from sglang.kernels.ops.gdn.extend_step import gdn_extend_step
 from sglang.kernels.ops.gdn.verify_step import gdn_verify_step
 from sglang.srt.layers.attention.base_attn_backend import UnplannedStepError
 from sglang.srt.layers.attention.pool_backend import GqaBackend

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from sglang.kernels.ops.activation.sigmoid_mul import sigmoid_mul
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul, silu_and_mul_quantized
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.serving_cases.tensors import bfloat16s
+from sglang.test.op_cases import Case
 
 
 def sigmoid_mul_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:

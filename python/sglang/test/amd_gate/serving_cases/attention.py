@@ -10,7 +10,7 @@ from sglang.kernels.ops.attention.attention_state import extend_state, merge_sta
 from sglang.kernels.ops.attention.compress import compress
 from sglang.kernels.ops.attention.decode_attention import decode_attention
 from sglang.kernels.ops.attention.extend_attention import extend_attention
-from sglang.kernels.ops.attention.extend_ragged import expanded_views, extend_ragged
+from sglang.kernels.ops.attention.extend_ragged import extend_ragged
 from sglang.kernels.ops.attention.kv_cache import gather_slots, write_kv
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
 from sglang.kernels.ops.attention.packed_rows import make_pages
@@ -20,9 +20,11 @@ from sglang.kernels.ops.attention.prepare_mla import prepare_mla
 from sglang.kernels.ops.attention.select_entries import select_entries
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.serving_cases.tensors import bfloat16s
+from sglang.test.op_cases import Case
+from sglang.test.op_cases.attention import expanded_views
 
 # (requests, new tokens of each, tokens of each) at which kernels are compiled: whole contexts, and split ones.
 EXTEND_SHAPES = ((4, 2048, 8192), (1, 64, 1024))

@@ -8,10 +8,12 @@ from itertools import product
 import torch
 
 from sglang.kernels.ops.gdn.chunk import chunk_table
-from sglang.kernels.ops.gdn.decode_step import gdn_decode_step, step_inputs
+from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
 from sglang.kernels.ops.gdn.extend_step import gdn_extend_step
 from sglang.kernels.ops.gdn.verify_step import gdn_verify_step
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
+from sglang.test.op_cases import Case
+from sglang.test.op_cases.gdn import step_inputs
 
 # Qwen3.5 35B, 27B and 397B, as above.
 GDN_SHAPES = tuple((16, per_key, 128, 128, 4) for per_key in (2, 3, 4))

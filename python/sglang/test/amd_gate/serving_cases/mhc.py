@@ -11,7 +11,8 @@ from sglang.kernels.ops.mhc.hc_head import hc_head
 from sglang.kernels.ops.mhc.hc_post import hc_post
 from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
 from sglang.kernels.ops.mhc.hc_pre import hc_pre
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
+from sglang.test.op_cases import Case
 
 # Hidden sizes of served models of four streams, and one that is no multiple of 256.
 SERVING_WIDTHS = {"v4flash": 4096, "v4pro": 7168, "odd": 2880}

@@ -15,9 +15,10 @@ from sglang.kernels.ops.moe.router_logits import router_logits
 from sglang.kernels.ops.moe.topk import Routing, SharedSlots, topk
 from sglang.kernels.ops.quant import group_fp8, mxfp4
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.serving_cases.tensors import bfloat16s
+from sglang.test.op_cases import Case
 
 # name -> experts, hidden, intermediate, top k of served models
 SERVING_MODELS = {

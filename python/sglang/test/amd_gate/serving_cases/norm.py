@@ -11,9 +11,10 @@ from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, rms_norm
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.serving_cases.tensors import bfloat16s
+from sglang.test.op_cases import Case
 
 
 def fused_add_rmsnorm_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear, empty_quantized, fp8_dtype, quantize_groups
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.serving_cases.tensors import bfloat16s
+from sglang.test.op_cases import Case
 
 
 def group_fp8_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:

@@ -8,8 +8,9 @@ import torch
 
 from sglang.kernels.ops.rope.rotary import rotary
 from sglang.kernels.ops.rope.rotary_tail import rotary_tail
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
 from sglang.test.amd_gate.serving_cases.tensors import bfloat16s
+from sglang.test.op_cases import Case
 
 
 def rotary_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.ops.sampling.check_ids import check_ids
-from sglang.kernels.ops.sampling.draw import RowOf, draw, draw_args
+from sglang.kernels.ops.sampling.draw import draw
 from sglang.kernels.ops.sampling.greedy import greedy_sample
-from sglang.kernels.spec import Case, Op
+from sglang.kernels.spec import Op
+from sglang.test.op_cases import Case
+from sglang.test.op_cases.sampling import RowOf, draw_args
 
 
 def draw_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
