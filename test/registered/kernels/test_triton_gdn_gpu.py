@@ -62,7 +62,7 @@ class TestTritonGDNOnGpu(CustomTestCase):
                     self.check(gdn_decode_step_triton, gdn_decode_step_torch, args, most)
                     slots = torch.tensor([5, 2, 7, 1, 3, 8, 4], device="cuda")
                     table = [part.cuda() for part in chunk_table(LENGTHS)]
-                    args = [*inputs(sum(LENGTHS), 9, shape, dtype, 1), slots, *table, LENGTHS, 1e-6]
+                    args = [*inputs(sum(LENGTHS), 9, shape, dtype, 1), slots, *table, 1e-6]
                     self.check(gdn_extend_step_triton, gdn_extend_step_torch, args, most)
 
     def test_verify_steps_at_serving_widths(self):
@@ -97,7 +97,7 @@ class TestTritonGDNOnGpu(CustomTestCase):
         args[3] = torch.where(strong, 700.0, -6.907).expand(-1, args[5].shape[0]).contiguous()
         args[5], args[6] = torch.zeros_like(args[5]), torch.zeros_like(args[6])
         table = [part.cuda() for part in chunk_table([130])]
-        rest = [torch.tensor([2], device="cuda"), *table, [130], 1e-6]
+        rest = [torch.tensor([2], device="cuda"), *table, 1e-6]
         self.check(gdn_extend_step_triton, gdn_extend_step_torch, [*args, *rest], (2e-5, 2e-5))
 
     def test_padding_rows_are_zero_and_touch_nothing(self):
@@ -118,10 +118,10 @@ class TestTritonGDNOnGpu(CustomTestCase):
         args = inputs(total, 3, shape, torch.float32)
         slot, whole, cut = torch.tensor([1], device="cuda"), clone(args), clone(args)
         table = [part.cuda() for part in chunk_table([total])]
-        expected = gdn_extend_step_triton(*whole, slot, *table, [total], 1e-6)
+        expected = gdn_extend_step_triton(*whole, slot, *table, 1e-6)
         table = [part.cuda() for part in chunk_table([total - 1])]
         first = [*(x[:-1] for x in cut[:4]), *cut[4:]]
-        parts = [gdn_extend_step_triton(*first, slot, *table, [total - 1], 1e-6)]
+        parts = [gdn_extend_step_triton(*first, slot, *table, 1e-6)]
         parts.append(gdn_decode_step_triton(*(x[-1:] for x in cut[:4]), *cut[4:], slot, 1e-6))
         self.assertLess(distance(torch.cat(parts), expected), 2e-5)
         self.assertLess(distance(cut[9], whole[9]), 2e-5)
@@ -153,7 +153,7 @@ class TestTritonGDNOnGpu(CustomTestCase):
         args = inputs(sum(LENGTHS), 9, SHAPES[0], torch.bfloat16)
         slots, table = torch.arange(1, 8, device="cuda"), [part.cuda() for part in chunk_table(LENGTHS)]
         first, second = clone(args), clone(args)
-        outs = [gdn_extend_step_triton(*some, slots, *table, LENGTHS, 1e-6) for some in (first, second)]
+        outs = [gdn_extend_step_triton(*some, slots, *table, 1e-6) for some in (first, second)]
         self.assertTrue(torch.equal(*outs) and torch.equal(first[9], second[9]) and torch.equal(first[8], second[8]))
 
 

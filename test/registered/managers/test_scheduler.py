@@ -210,6 +210,98 @@ class TestOverlap(CustomTestCase):
                 turns = [f"{what} {number}" for number in (1, 2, 3) for what in ("forward", "sample", "result")]
             self.assertEqual(events, prompt + turns)
 
+    def submit(self, setup: Setup, prompts: list[list[int]]) -> None:
+        setup.channel.inbox += [request(f"r{number}", prompt, 4) for number, prompt in enumerate(prompts)]
+
+    def check_outputs(self, setup: Setup, prompts: list[list[int]]) -> None:
+        for number, prompt in enumerate(prompts):
+            self.assertEqual(setup.channel.outputs[f"r{number}"], expected_output(prompt, 4, 256))
+
+    def test_another_prefill_step_is_launched_before_a_result_is_known(self) -> None:
+        prompts = [[10 + number] * 8 for number in range(3)]
+        order = ["forward 0", "sample 0", "forward 1", "result 0", "sample 1", "forward 2", "result 1", "sample 2"]
+        # A decode step waits for the result of the last one.
+        order += ["result 2", "forward 3"]
+        for radix in (True, False):
+            setup = make(overlap=True, chunk=8, radix=radix)
+            events = self.watch(setup)
+            self.submit(setup, prompts)
+            setup.run()
+            self.assertEqual(events[:10], order)
+            self.check_outputs(setup, prompts)
+        for options in ({"overlap": False}, {"overlap": True, "mixed": True}):
+            setup = make(chunk=8, **options)
+            events = self.watch(setup)
+            self.submit(setup, prompts)
+            setup.run()
+            self.assertEqual(events[:4], ["forward 0", "sample 0", "result 0", "forward 1"], options)
+            self.check_outputs(setup, prompts)
+
+    def test_chunks_of_one_prompt_follow_each_other(self) -> None:
+        """Unless a state, a window, or log-probabilities of the prompt move on with the result of each."""
+        prompt = [*range(10, 36)]
+        ahead = ["forward 0", "sample 0", "forward 1", "result 0", "sample 1", "forward 2", "result 1", "sample 2"]
+        apart = [f"{what} {number}" for number in range(3) for what in ("forward", "sample", "result")]
+        kinds: list[tuple[dict[str, Any], bool, list[str], int]] = [
+            ({}, False, ahead, 26),
+            ({"radix": False}, False, ahead, 0),
+            ({"hybrid": True}, False, apart, 24),  # the last state that was copied
+            ({"page": 8, "window": 12}, False, apart, 24),
+            ({}, True, apart, 0),
+        ]
+        for options, scored, order, cached in kinds:
+            with self.subTest(options, scored=scored):
+                setup = make(overlap=True, chunk=8, **options)
+                events = self.watch(setup)
+                message = request("r0", prompt, 1)
+                message.return_logprob = scored
+                setup.channel.inbox.append(message)
+                while len(events) < 8:
+                    setup.turn()
+                self.assertEqual(events[:8], order[:8])
+                if not scored:  # the fake has no log-probabilities to give
+                    setup.run()
+                    self.assertEqual(setup.channel.outputs["r0"], expected_output(prompt, 1, 256))
+                    self.assertEqual(setup.memory.tree.match_prefix(prompt).slot_ids.numel(), cached)
+
+    def test_a_prompt_waits_for_a_prefix_that_is_being_computed(self) -> None:
+        stem = [3 + number % 20 for number in range(40)]
+        for common, cached in ((40, 40), (32, 32), (31, 0)):
+            setup = make(overlap=True, chunk=48)
+            events = self.watch(setup)
+            prompts = [[*stem, *[30] * 8], [*stem[:common], *[31] * 10]]
+            self.submit(setup, prompts)
+            setup.run()
+            self.check_outputs(setup, prompts)
+            self.assertEqual(setup.channel.cached["r1"], cached)
+            self.assertEqual(events.index("result 0") < events.index("forward 1"), cached > 0)
+
+    def test_a_faulty_chunk_ends_its_request_whose_next_chunk_is_in_flight(self) -> None:
+        """With and without room for that chunk at once; the others are served and what it computed is not cached."""
+        prompts = [[*range(10, 17), BAD, *range(10, 30)], [5] * 8, [6] * 20]
+        for rows, pool in ((8, 400), (3, 80), (1, 400)):
+            setup = make(overlap=True, chunk=8, rows=rows, pool=pool)
+            events = self.watch(setup)
+            self.submit(setup, prompts)
+            setup.run()
+            self.assertEqual(events[2:4], ["forward 1", "result 0"])
+            self.assertEqual(setup.channel.reasons["r0"].status_code, 500)
+            self.assertEqual(setup.channel.outputs["r0"], [])
+            self.assertEqual(setup.memory.tree.match_prefix(prompts[0]).slot_ids.numel(), 0)
+            for number in (1, 2):
+                wanted = expected_output(prompts[number], 4, 256)
+                self.assertEqual(setup.channel.outputs[f"r{number}"], wanted)
+
+    def test_a_chunk_in_flight_is_no_prefix_for_others(self) -> None:
+        """The second chunk is faulty; another prompt that begins alike is planned while it runs."""
+        setup = make(overlap=True, chunk=8)
+        stem = [*range(10, 25), BAD]
+        self.submit(setup, [[*stem, 5, 6, 7, 8], [*stem, *[9] * 8]])
+        setup.run()
+        self.assertEqual(setup.channel.reasons["r0"].status_code, 500)
+        self.assertEqual(setup.channel.cached["r1"], 0)
+        self.assertEqual(setup.channel.outputs["r1"], expected_output([*stem, *[9] * 8], 4, 256))
+
     def test_penalties_keep_the_steps_in_flight(self) -> None:
         """One penalised request among others: as many steps are launched before the last is awaited as without."""
         ahead: list[int] = []

@@ -12,7 +12,6 @@ from unittest import mock
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.srt.configs.attention_backends import COMPRESSED, GQA, MLA
 from sglang.srt.layers.attention.triton_backend import TritonMlaBackend
 from sglang.srt.model_executor.extend_graphs import MAX_CONTEXT, MIN_REQUESTS, ExtendGraphs, extend_buckets
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, LogprobRequest, ModelWorkerBatch
@@ -219,7 +218,7 @@ class TestSettings(CustomTestCase):
 
     def test_flags(self) -> None:
         args = ServerArgs(chunked_prefill_size=512, page_size=1)
-        self.assertEqual(extend_graph_buckets(args, MLA)[-1], 512)
+        self.assertEqual(extend_graph_buckets(args)[-1], 512)
         for settings, wanted in (
             ({"chunked_prefill_size": -1}, 2048),
             ({"chunked_prefill_size": 8192}, 2048),
@@ -228,7 +227,7 @@ class TestSettings(CustomTestCase):
             ({"chunked_prefill_size": 8192, "piecewise_cuda_graph_tokens": [4096]}, 4096),
         ):
             with self.subTest(**settings):
-                self.assertEqual(extend_graph_buckets(replace(args, **settings), GQA)[-1], wanted)
+                self.assertEqual(extend_graph_buckets(replace(args, **settings))[-1], wanted)
         for settings in (
             {"disable_cuda_graph": True},
             {"disable_piecewise_cuda_graph": True},
@@ -237,10 +236,7 @@ class TestSettings(CustomTestCase):
             {"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "mori"},
         ):
             with self.subTest(**settings):
-                self.assertEqual(extend_graph_buckets(replace(args, **settings), MLA), [])
-        self.assertEqual(extend_graph_buckets(args, COMPRESSED), [])
-        asked = replace(args, piecewise_cuda_graph_max_tokens=100)
-        self.assertEqual(extend_graph_buckets(asked, COMPRESSED), extend_graph_buckets(asked, MLA))
+                self.assertEqual(extend_graph_buckets(replace(args, **settings)), [])
 
 
 if __name__ == "__main__":

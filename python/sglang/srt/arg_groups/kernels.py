@@ -50,7 +50,7 @@ class KernelArgs:
         "Largest number of tokens of a prompt step to capture, within --chunked-prefill-size.",
         GRAPHS,
         minimum=1,
-        auto="2048; none for DeepSeek V4, whose prompt steps are captured on request",
+        auto="2048",
     )
     disable_overlap_schedule: bool = flag(
         False, "Prepare a step only after the previous one has ended; always the case on CPU.", GRAPHS

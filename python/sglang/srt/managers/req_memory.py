@@ -112,6 +112,13 @@ class ReqMemory:
         req.state_boundary = match.kv_len if match.kv_len > prefix and self._ends_matter else 0
         req.cached_tokens = req.cached_tokens if req.num_retractions else prefix
 
+    def may_continue(self, req: Req) -> bool:
+        """Whether the next chunk of a prompt may be planned before the result of the last one is known.
+
+        Not if a window or state of the request moves on with the result, or its prompt log-probabilities.
+        """
+        return not self.tree.companions and not req.return_logprob
+
     def extend(self, reqs: list[Req], ends: list[int]) -> torch.Tensor | None:
         """Write slots for tokens ``kv_committed_len .. end`` to the rows; [N] int64, None if they do not fit."""
         starts = [req.kv_allocated_len for req in reqs]

@@ -146,6 +146,11 @@ class Req:
         interval = self.sampling_params.stream_interval or interval
         return num_before == 0 or len(self.output_ids) // interval > num_before // interval
 
+    def shares(self, other: Req, num_tokens: int) -> bool:
+        """Whether both prompts begin with the same ``num_tokens`` tokens."""
+        mine, its = self._prompt[:num_tokens], other._prompt[:num_tokens]
+        return len(mine) == num_tokens and np.array_equal(mine, its)
+
     def next_input_row(self) -> int | None:
         """The first prompt row whose log-probability is requested and not computed yet; None if there is none."""
         logprobs = self.input_logprobs
@@ -195,6 +200,11 @@ class ScheduleBatch:
     max_new: list[int]  # most new tokens of each request: 0 where the step ends inside the prompt
     out_cache_loc: torch.Tensor  # [N] int64 on the host, requests one after the other
     kind: StepKind = DECODE  # kind of the decode steps
+    num_prompts: int = 0  # the first requests, of which the step computes a prompt
+
+    @property
+    def prompts(self) -> list[Req]:
+        return self.reqs[: self.num_prompts]
 
     @property
     def num_tokens(self) -> int:

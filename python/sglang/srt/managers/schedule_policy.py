@@ -12,6 +12,8 @@ from sglang.srt.managers.schedule_batch import Req
 CLIP_NEW_TOKENS = 4096
 # Longest-prefix-match order costs one match per request; beyond this many the queue stays in arrival order.
 LPM_MAX_QUEUE = 128
+# A request waits for the step in flight if that computes at least so many of its next tokens.
+MIN_SHARED_TOKENS = 32
 
 
 class NewTokenRatio:
@@ -66,10 +68,21 @@ class PrefillLimits:
 
 
 class PrefillPlanner:
-    """Chooses requests and chunk ends for one prefill step, and admits requests that hold no memory yet."""
+    """Chooses requests and chunk ends for one prefill step, and admits requests that hold no memory yet.
 
-    def __init__(self, memory: ReqMemory, limits: PrefillLimits, running: Sequence[Req], ratio: float) -> None:
+    ``in_flight`` are requests whose prompts are being computed, and enter the prefix cache after that.
+    """
+
+    def __init__(
+        self,
+        memory: ReqMemory,
+        limits: PrefillLimits,
+        running: Sequence[Req],
+        ratio: float,
+        in_flight: Sequence[Req] = (),
+    ) -> None:
         self._memory = memory
+        self._in_flight = in_flight
         self._limits = limits
         self._num_running = len(running)
         # What running requests are expected to need yet.
@@ -80,7 +93,9 @@ class PrefillPlanner:
         self.ends: list[int] = []
 
     def add_chunked(self, req: Req) -> bool:
-        """Continue a partly computed prompt; False when none of it fits now."""
+        """Continue a partly computed prompt; False when none of it fits now, or its last chunk must be known first."""
+        if req in self._in_flight and not self._memory.may_continue(req):
+            return False
         # It must be able to finish, so it may use room that is reserved for running requests.
         memory = self._memory
         room = memory.room().step_tokens() - self.taken()
@@ -96,6 +111,9 @@ class PrefillPlanner:
             return False
         memory = self._memory
         match = memory.match(req)
+        upto = match.slot_ids.numel() + MIN_SHARED_TOKENS
+        if not memory.tree.disable and any(req.shares(other, upto) for other in self._in_flight):
+            return False
         before = memory.room()
         memory.tree.inc_lock_ref(match.node)
         room = self._room - (before - memory.room())

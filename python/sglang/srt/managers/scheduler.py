@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_DEEP_CHECK_TOKENS = 1 << 20
-
 
 class Scheduler:
     """Continuous batching over one model replica.
@@ -95,7 +93,7 @@ class Scheduler:
         self.new_token_ratio = NewTokenRatio(config.args.schedule_conservativeness)
         self._sampling_info: SamplingBatchInfo | None = None
         self._sampled_reqs: list[Req] = []
-        # The step that runs while the next one is prepared.
+        # The step that runs while the next one is prepared. Its prompts are among running or chunked requests already.
         self._in_flight: tuple[ScheduleBatch, LaunchedStep | LaunchedVerify] | None = None
         self._num_received = 0
         self._stopping = False
@@ -124,15 +122,15 @@ class Scheduler:
             elif not quiet and may_wait and not messages and self._all_idle:
                 # A deep check takes tenths of a second for a million slots, so it runs only after one more quiet turn,
                 # and not while other groups wait for this one.
-                self.memory.check_idle(deep=self.memory.tree.total_size() <= MAX_DEEP_CHECK_TOKENS)
+                self.memory.check_idle(deep=self.memory.tree.total_size() <= 1 << 20)
                 quiet = True
 
     def step(self) -> bool:
         """Launch one prefill or decode step and process the result of the step before it; False if nothing to do.
 
-        With overlap, the result of a decode step is processed while the forward of the next step runs. The next step is
-        sampled after that, so that penalties and masks are computed from known tokens only. The result of a prefill
-        step is processed at once, because a chunk enters the prefix cache only after its row is known to be sound.
+        With overlap, the result of a step is processed while the forward of the next step runs. The next step is
+        sampled after that, so that penalties and masks are computed from known tokens only. After a prefill step, only
+        another prefill step is launched first: its prompts decode and enter the prefix cache once known to be sound.
         """
         started = time.perf_counter()
         self._waited_s = 0.0
@@ -147,7 +145,7 @@ class Scheduler:
         forward = self._launch(batch, agreed)
         self._drain()
         self._in_flight = batch, self._sample(batch, forward)
-        if self.config.args.disable_overlap_schedule or not batch.forward_mode.is_decode():
+        if self.config.args.disable_overlap_schedule:
             self._drain()
         other_s = time.perf_counter() - started - self._waited_s
         self.metrics.step_done(batch, self.load, self._waited_s, other_s)
@@ -160,12 +158,12 @@ class Scheduler:
         return agreed
 
     def _launch(self, batch: ScheduleBatch, agreed: DpStep | None) -> LaunchedForward:
-        worker_batch = batch.to_worker_batch()
-        if agreed is not None:
-            worker_batch = agreed.of_batch(worker_batch)
-        for req, end, max_new in zip(batch.reqs, batch.ends, batch.max_new, strict=True):
+        worker_batch = batch.to_worker_batch() if agreed is None else agreed.of_batch(batch.to_worker_batch())
+        for index, (req, end, max_new) in enumerate(zip(batch.reqs, batch.ends, batch.max_new, strict=True)):
             req.kv_committed_len = end
             req.num_in_flight += max_new
+            if index < batch.num_prompts:
+                (self.running_reqs if max_new else self.chunked_reqs).append(req)
         began = time.perf_counter()
         forward = self.worker.forward(worker_batch)
         self._waited_s += time.perf_counter() - began
@@ -285,6 +283,8 @@ class Scheduler:
 
     def _next_batch(self) -> ScheduleBatch | None:
         batch = self._plan_prefill()
+        if batch is None and self._prompts_in_flight() and self._drain():
+            batch = self._plan_prefill()
         if batch is not None:
             return batch
         if self.running_reqs:
@@ -300,7 +300,8 @@ class Scheduler:
             return None
         if self.config.args.enable_mixed_chunk:
             self._drain()  # the newest tokens of decoding requests are read on the host
-        planner = PrefillPlanner(self.memory, self.config.prefill, self.running_reqs, self.new_token_ratio.value)
+        limits, ratio = self.config.prefill, self.new_token_ratio.value
+        planner = PrefillPlanner(self.memory, limits, self.running_reqs, ratio, self._prompts_in_flight())
         held_back = [req for req in self.chunked_reqs if not planner.add_chunked(req)]
         if not held_back:
             order_waiting(self.waiting_queue, self.config.args.schedule_policy, self.memory)
@@ -324,7 +325,11 @@ class Scheduler:
             reqs, ends = reqs + self.running_reqs, ends + [req.seq_len for req in self.running_reqs]
         slots = self.memory.extend(reqs, ends)
         assert slots is not None, "the planner promised room that the pool does not have"
-        return self._batch(mode, reqs, ends, slots)
+        return self._batch(mode, reqs, ends, slots, len(planner.reqs))
+
+    def _prompts_in_flight(self) -> list[Req]:
+        """Requests of the prefill step whose result is not known."""
+        return self._in_flight[0].prompts if self._in_flight else []
 
     def _plan_decode(self) -> ScheduleBatch | None:
         if self.config.retract_interval and (self.metrics.num_decode_steps + 1) % self.config.retract_interval == 0:
@@ -348,7 +353,9 @@ class Scheduler:
         ends = [req.kv_committed_len + self.memory.step_width for req in reqs]
         return self._batch(ForwardMode.DECODE, reqs, ends, slots)
 
-    def _batch(self, mode: ForwardMode, reqs: list[Req], ends: list[int], slots: torch.Tensor) -> ScheduleBatch:
+    def _batch(
+        self, mode: ForwardMode, reqs: list[Req], ends: list[int], slots: torch.Tensor, num_prompts: int = 0
+    ) -> ScheduleBatch:
         if mode.is_decode():
             max_new = [self.worker.decode_kind.rows_per_request] * len(reqs)
         else:
@@ -361,6 +368,7 @@ class Scheduler:
             max_new=max_new,
             out_cache_loc=slots,
             kind=self.worker.decode_kind,
+            num_prompts=num_prompts,
         )
 
     def _sampling_info_of(self, batch: ScheduleBatch) -> SamplingBatchInfo:
@@ -392,14 +400,11 @@ class Scheduler:
             if self.memory.missing_for_step(self.running_reqs) + other_tokens <= self.memory.room().step_tokens():
                 break
             self._retract(retraction_order(self.running_reqs)[0], self.running_reqs)
-        if len(self.running_reqs) < before:
-            self.new_token_ratio.after_retraction(self.running_reqs)
-            logger.info(
-                "KV cache pool is full. Retracted %d requests; #running-req: %d, new token ratio: %.2f",
-                before - len(self.running_reqs),
-                len(self.running_reqs),
-                self.new_token_ratio.value,
-            )
+        left, ratio = len(self.running_reqs), self.new_token_ratio
+        if left < before:
+            ratio.after_retraction(self.running_reqs)
+            text = "KV cache pool is full. Retracted %d requests; #running-req: %d, new token ratio: %.2f"
+            logger.info(text, before - left, left, ratio.value)
 
     def _retract_one_for_test(self) -> None:
         """``SGLANG_TEST_RETRACT``: behave as if the pool were full, while another request can continue."""
@@ -411,8 +416,6 @@ class Scheduler:
 
     def _process(self, batch: ScheduleBatch, output: StepOutput) -> None:
         """Apply a step's output; tokens of a request that ended while the step ran are ignored."""
-        prefill = not batch.forward_mode.is_decode()
-        was_running = set(map(id, self.running_reqs)) if prefill else set()
         to_emit: list[Req] = []
         for index, (req, max_new) in enumerate(zip(batch.reqs, batch.max_new, strict=True)):
             req.num_in_flight -= max_new
@@ -428,18 +431,13 @@ class Scheduler:
                 self._finish(req, fault)
                 to_emit.append(req)
                 continue
-            if not max_new:
-                self.memory.share_prefix(req)
-                self.memory.advance(req)
-                self.chunked_reqs.append(req)
-                continue
             # Rows after the new tokens computed nothing useful.
             req.kv_committed_len -= max_new - (len(req.output_ids) - num_before)
-            if prefill and id(req) not in was_running:
+            # A chunk is shared together with the one after it if that is in flight.
+            if index < batch.num_prompts and req.kv_committed_len == batch.ends[index]:
                 self.memory.share_prefix(req)
-                self.running_reqs.append(req)
             self.memory.advance(req)
-            if req.is_due(num_before, self.config.args.stream_interval):
+            if max_new and req.is_due(num_before, self.config.args.stream_interval):
                 to_emit.append(req)
         self._emit(to_emit)
 
@@ -490,8 +488,9 @@ class Scheduler:
         if unsound:
             self.memory.withdraw(req)
         self.memory.release(req, cache=not unsound)
-        if req in self.running_reqs:
-            self.running_reqs.remove(req)
+        for queue in (self.running_reqs, self.chunked_reqs):
+            if req in queue:
+                queue.remove(req)
 
     def _emit(self, reqs: list[Req]) -> None:
         outputs: list[TokenIDOutput] = [make_output(req, is_first=req.num_sent == 0) for req in reqs]

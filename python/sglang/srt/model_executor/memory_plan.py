@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sglang.srt.configs.attention_backends import COMPRESSED
 from sglang.srt.configs.cache_layout import STATE, CacheLayout, dummy_units
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle, override_parallel_state
@@ -231,17 +230,14 @@ def graph_buckets(args: ServerArgs) -> list[int]:
     return decode_buckets(min(args.cuda_graph_max_bs or running, running), args.cuda_graph_bs)
 
 
-def extend_graph_buckets(args: ServerArgs, family: str) -> list[int]:
-    """Numbers of tokens that extend steps are captured for; none where that is off, or where ranks' steps differ.
-
-    Those of compressed attention are captured on request alone, until they have run on a GPU.
-    """
+def extend_graph_buckets(args: ServerArgs) -> list[int]:
+    """Numbers of tokens that extend steps are captured for; none where that is off, or where ranks' steps differ."""
     if args.disable_cuda_graph or args.disable_piecewise_cuda_graph:
         return []
     if args.steps_differ:
         return []
     sizes, chunk = args.piecewise_cuda_graph_tokens, args.chunked_prefill_size or 0
-    most = args.piecewise_cuda_graph_max_tokens or max(sizes or [0 if family == COMPRESSED else DEFAULT_MAX_TOKENS])
+    most = args.piecewise_cuda_graph_max_tokens or max(sizes or [DEFAULT_MAX_TOKENS])
     return extend_buckets(min(most, chunk) if chunk > 0 else most, sizes)
 
 
@@ -253,7 +249,7 @@ def estimate_graphs(args: ServerArgs, config: ModelConfig) -> int:
     values = 8 * text.hidden_size + text.num_experts_per_tok * (text.hidden_size + 3 * text.moe_intermediate_size)
     rows = buckets[-1] * args.attn_dp_size * (args.speculative_num_draft_tokens or 1)
     logits = rows * 2 * 4 * config.vocab_size
-    extends = extend_graph_buckets(args, text.attention_family)
+    extends = extend_graph_buckets(args)
     rows = max([rows, *extends])
     # The model's step, the draft layer's step, and the chain of drafts twice: greedy and sampled.
     steps = args.speculative_num_steps

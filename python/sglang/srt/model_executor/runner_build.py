@@ -94,7 +94,7 @@ def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> l
     if not args.disable_cuda_graph:
         spec = SpecInfo.of(args.speculative_num_steps)
         for runner in runners:
-            extends = extend_graph_buckets(args, runner.model_config.text.attention_family)
+            extends = extend_graph_buckets(args)
             if extends and runner.attn_backend.plans_bounds:
                 # The largest steps first, so that the others fit their memory.
                 runner.extend_graphs = capture_extend_graphs(runner, extends)
