@@ -32,7 +32,7 @@ BUDGETS = {
     "sglang/srt/distributed": 300,
     "sglang/srt/entrypoints": 4_400,  # errors name the fields that a client sent
     "sglang/srt/layers": 5_045,  # a norm gives one row multiplied
-    "sglang/srt/managers": 5_220,  # what a client did is logged once, with its id
+    "sglang/srt/managers": 5_260,  # prefill steps are launched one ahead of results; warnings of requests
     "sglang/srt/mem_cache": 1_880,
     "sglang/srt/model_executor": 2_475,  # prompt steps are captured and checked
     "sglang/srt/model_loader": 350,
