@@ -1,10 +1,12 @@
 """What is logged of requests at each level and in both formats, and of HTTP."""
 
 import contextlib
+import errno
 import io
 import json
 import logging
 import unittest
+from unittest import mock
 
 from sglang.srt.entrypoints import http_logs
 from sglang.srt.managers.io_struct import FinishReason, GenerateReqInput
@@ -67,6 +69,14 @@ class TestRequestLog(CustomTestCase):
         self.assertEqual((first["text"], last["output"]), (ASKED.text, FakeState.text))
         self.assertEqual(first["sampling_params"], ASKED.sampling_params)
         self.assertIn("(3006 characters)", self.lines(2, "json")[1]["output"])
+
+    def test_a_disk_that_is_full_ends_no_request(self):
+        full = mock.Mock(write=mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with contextlib.redirect_stderr(full):
+            log = RequestLog(ServerArgs(log_requests=True, log_requests_format="json"))
+            log.received(ASKED, [FakeState])
+            log.finished(FakeState)
+        self.assertEqual(full.write.call_count, 2)
 
     def test_nothing_without_the_flag(self):
         with self.assertNoLogs("sglang", "INFO"):

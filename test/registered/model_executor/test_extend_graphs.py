@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import unittest
 from dataclasses import replace
@@ -87,6 +88,12 @@ class TestOverFakes(CustomTestCase):
                 with mock.patch.object(graphs, "run", wraps=graphs.run) as run:
                     self.assertEqual(self.tokens(engine), wanted)
                 self.assertGreater(run.call_count, 1)
+
+    def test_a_log_that_takes_nothing(self) -> None:
+        """Progress bars are for terminals: written to a full disk they would end the launch."""
+        full = mock.Mock(write=mock.Mock(side_effect=OSError("No space left on device")), isatty=lambda: False)
+        with contextlib.redirect_stderr(full):
+            self.assertEqual(self.graphs(self.engine("dsv3", piecewise_cuda_graph_tokens=[8])).captured, [8])
 
     def test_drafts_follow_replayed_prompts(self) -> None:
         settings = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 2, "dtype": "float32"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -65,7 +66,8 @@ class RequestLog:
             logger.info("%s: %s", event, ", ".join(f"{name}={value!r}" for name, value in told.items()))
         else:
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            print(json.dumps({"time": now, "event": event.lower(), **told}), file=self._json, flush=True)
+            with contextlib.suppress(OSError):  # as with other log lines: a full disk or a closed pipe
+                print(json.dumps({"time": now, "event": event.lower(), **told}), file=self._json, flush=True)
 
     def _cut(self, value: Any, most: int = _MAX_CHARS) -> Any:
         """``value``, or a text with its beginning if it is longer than the level allows."""

@@ -102,8 +102,7 @@ class RequestState:
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason
             self.latency = time.perf_counter() - self.created
-            # Faults of the server are logged where they happen.
-            if (error := self.error()) is not None and error.status_code < 500:
+            if (error := self.error()) is not None and error.status_code < 500:  # others: where they happen
                 logger.warning("request %.64r is ended: %s", self.rid, shown(error.message))
         self.group.on_output(self)
 

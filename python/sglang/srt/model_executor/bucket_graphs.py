@@ -80,7 +80,8 @@ class BucketGraphs(Generic[Output]):
     def capture_all(self, body_of: Callable[[int], Body[Output]], create_graph: Callable[[], DeviceGraph]) -> None:
         """Capture all buckets, largest first so that others fit its memory."""
         started = time.perf_counter()
-        with tqdm(reversed(self.buckets), f"Capturing {self.name} graphs", len(self.buckets), unit="graph") as bar:
+        name, count = f"Capturing {self.name} graphs", len(self.buckets)
+        with tqdm(reversed(self.buckets), name, count, unit="graph", disable=None) as bar:  # None: not in log files
             for bucket in bar:
                 bar.set_postfix({self.unit: bucket})
                 body = body_of(bucket)

@@ -89,7 +89,7 @@ def _run_steps(
     graphs = runner.decode_graphs, runner.extend_graphs
     runner.decode_graphs = runner.extend_graphs = None
     try:
-        for step in tqdm(steps, desc="Warming kernels up", unit="step"):
+        for step in tqdm(steps, desc="Warming kernels up", unit="step", disable=None):
             run_step(runner, _extend_batch(runner, step, drafts=run is not None), run)
         for batch in sorted({*powers_of_two(runner.req_to_token_pool.size), runner.req_to_token_pool.size}):
             run_step(runner, _decode_batch(runner, batch, kind), run)
