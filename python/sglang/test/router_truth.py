@@ -13,7 +13,7 @@ from sglang.kernels.ops.moe.topk import SharedSlots
 def scores_of(row: list[float], scoring: str) -> list[float]:
     """The scores of a row of logits."""
     if scoring == "sigmoid":
-        return [1 / (1 + math.exp(-value)) if value > -700 else 0.0 for value in row]
+        return [0.0 if value <= -700 else 1 / (1 + math.exp(-value)) for value in row]
     if scoring == "sqrtsoftplus":
         return [
             math.sqrt(value + math.log1p(math.exp(-value)) if value > 0 else math.log1p(math.exp(value)))

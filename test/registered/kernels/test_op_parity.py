@@ -126,8 +126,9 @@ def true_quantize(x, dtype):
         for group in range(x.shape[1] // 128):
             cols = slice(128 * group, 128 * group + 128)
             scales[row, group] = scale = max(float(x[row, cols].abs().max()), 1e-10) / 448
-            far = (EVERY_FP8.unsqueeze(1) - x[row, cols].double() / scale).abs()
-            q[row, cols] = EVERY_FP8[far.argmin(0)] if scale == scale else scale
+            wanted = x[row, cols].double() / scale
+            near = EVERY_FP8[(EVERY_FP8.unsqueeze(1) - wanted).abs().argmin(0)]
+            q[row, cols] = torch.where(wanted.isnan(), wanted, near)
     return q, scales
 
 

@@ -26,27 +26,40 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
     if v_dim < k.shape[2]:  # the fused kernel of torch wants one width
         value = F.pad(value, (0, k.shape[2] - v_dim))
-    gqa = q.shape[1] != k.shape[1]
+    gqa, overflow = q.shape[1] != k.shape[1], logits_may_overflow(q, k)
     block = max(16, min(BLOCK_ROWS, _BLOCK_MASK // max(num_keys, 1)))
     parts = []
     for start in range(0, num_queries, block):
         end = min(start + block, num_queries)
-        seen = num_keys - num_queries + end
-        rows = end - start
+        seen, rows = num_keys - num_queries + end, end - start
+        if overflow:
+            part = _attend_plainly(query[0, :, start:end], key[0, :, :seen], value[0, :, :seen], scale)
+            parts.append(part[..., :v_dim].transpose(0, 1).to(q.dtype))
+            continue
         mask = None
         if rows > 1 and rows != seen:
             mask = torch.ones(rows, seen, dtype=torch.bool, device=q.device).tril(seen - rows)
         part = F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, :seen],
-            value[:, :, :seen],
-            attn_mask=mask,
-            is_causal=rows == seen and rows > 1,
-            scale=scale,
-            enable_gqa=gqa,
-        )
+            query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], attn_mask=mask,
+            is_causal=rows == seen and rows > 1, scale=scale, enable_gqa=gqa,
+        )  # fmt: skip
         parts.append(part[0, ..., :v_dim].transpose(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def logits_may_overflow(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether rows of q [n, Hq, D] and k [m, Hk, D] may have a product that is no finite float32, or hold NaN."""
+    largest = [max(abs(float(end)) for end in part.aminmax()) for part in (q, k)]
+    return not largest[0] * largest[1] * q.shape[2] < torch.finfo(torch.float32).max
+
+
+def _attend_plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Of q [Hq, n, D], the last n of m tokens, over k [Hk, m, D] and v [Hk, m, Dv], by the formula, in float32: torch's
+    fused kernel gives numbers on a CPU where no logit is finite."""
+    key, value = (part.float().repeat_interleave(q.shape[0] // k.shape[0], 0) for part in (k, v))
+    logits = q.float() @ key.mT * scale
+    hidden = torch.ones_like(logits, dtype=torch.bool).triu(k.shape[1] - q.shape[1] + 1)
+    return logits.masked_fill(hidden, -torch.inf).softmax(-1) @ value
 
 
 def join_tail(k: torch.Tensor, k_tail: torch.Tensor | None) -> torch.Tensor:
