@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from sglang.kernels.impl import Case, Impl, OpSpec
+from sglang.kernels.impl import Impl, OpSpec
+from sglang.test.op_cases import Case
 
 # Of 8-bit floats one byte that is NaN; of exponents alone (MXFP4's scales) the same.
 NAN_BYTES = {torch.float8_e4m3fn: 0x7F, torch.float8_e4m3fnuz: 0x80}

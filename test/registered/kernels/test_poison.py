@@ -10,6 +10,7 @@ from test_op_parity import TRUTHS, tensors
 from sglang.kernels.ops.attention.extend_ragged import causal_attention, logits_may_overflow
 from sglang.kernels.registry import REGISTRY
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.op_cases import cases_of
 from sglang.test.poison import complaint, copy_args, poisons
 from sglang.test.test_utils import CustomTestCase
 
@@ -72,7 +73,7 @@ class TestReferences(CustomTestCase):
         count = 0
         for name, truth in sorted(TRUTHS.items()):
             op = REGISTRY.ops[name]
-            cases = [case for case in op.cases() if all(size(arg) < 5000 for arg in case.args)]
+            cases = [case for case in cases_of(op) if all(size(arg) < 5000 for arg in case.args)]
             for case in sorted(cases, key=lambda case: sum(map(size, case.args)))[:3]:
                 clean = tensors(truth(*copy_args(case.args)))
                 for poison in poisons(case):

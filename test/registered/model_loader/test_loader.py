@@ -151,6 +151,13 @@ class TestErrors(LoaderTestCase):
         self.save({**self.tensors, "lm_head.weight": self.tensors["lm_head.weight"].to(torch.float8_e4m3fn)})
         self.assertIn("lm_head.weight: dtype float8_e4m3fn is not supported", self.failure())
 
+    def test_nan_in_a_vector(self):
+        """A router's bias never enters a weight, so that NaN there would be seen in no output."""
+        spoiled = self.tensors[BIAS].clone()
+        spoiled[5] = torch.nan
+        self.save({**self.tensors, BIAS: spoiled})
+        self.assertIn(f"{BIAS}: it contains NaN: the checkpoint is damaged", self.failure())
+
     def test_truncated_and_corrupt_files_are_named(self):
         self.save(self.tensors)
         path = self.folder / SINGLE_NAME

@@ -249,7 +249,10 @@ def _check(leaf: Leaf, shape: tuple[int, ...], tensor: torch.Tensor) -> None:
             f"numbers of one row, which makes {list(leaf.block.entries(shape))}. Convert the checkpoint again"
         )
     check_shape(tensor, leaf.block.entries(shape))
-    if leaf.ids_below is None or tensor.is_meta:
+    if tensor.is_meta:
         return
-    if not (0 <= int(tensor.min()) and int(tensor.max()) < leaf.ids_below):
+    # In a matrix NaN reaches the logits, and its request ends. In a router's bias it would only steer the choice.
+    if tensor.dim() == 1 and bool(tensor.isnan().any()):
+        raise WeightFormatError("it contains NaN: the checkpoint is damaged, download it again")
+    if leaf.ids_below is not None and not (0 <= int(tensor.min()) and int(tensor.max()) < leaf.ids_below):
         raise WeightFormatError(f"it contains numbers outside [0, {leaf.ids_below})")
