@@ -169,14 +169,15 @@ class TestNames(CustomTestCase):
         byte = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
         self.assertEqual(token_name(tokenizer, byte[b"\xe2"], "\ufffd"), "bytes:\\xe2")
         self.assertEqual(token_name(tokenizer, byte[b"a"], "a"), "a")
-        self.assertEqual(token_name(None, 5, None), "")
+        self.assertEqual(token_name(tokenizer_of(self, wordpiece_tokenizer), 5, None), "")
 
     def test_of_equal_texts_the_drawn_one_keeps_the_name(self):
+        tokenizer = tokenizer_of(self, wordpiece_tokenizer)
         top = [(-1.0, 5, "x"), (-2.0, 6, "x"), (-3.0, 7, "y")]
-        self.assertEqual(named_row(None, top[0], top), {"x": -1.0, "token_id:6": -2.0, "y": -3.0})
-        self.assertEqual(named_row(None, top[1], top), {"token_id:5": -1.0, "x": -2.0, "y": -3.0})
+        self.assertEqual(named_row(tokenizer, top[0], top), {"x": -1.0, "token_id:6": -2.0, "y": -3.0})
+        self.assertEqual(named_row(tokenizer, top[1], top), {"token_id:5": -1.0, "x": -2.0, "y": -3.0})
         wanted = {"x": -1.0, "token_id:6": -2.0, "token_id:7": -3.0, "y": -9.0}
-        self.assertEqual(named_row(None, (-9.0, 8, "y"), top), wanted)
+        self.assertEqual(named_row(tokenizer, (-9.0, 8, "y"), top), wanted)
 
 
 class TestOverHttp(FakeServerTestCase):

@@ -298,12 +298,17 @@ class TestWithoutTokenizer(CustomTestCase):
                 "/generate", json={"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 3}}
             ).json()
             self.assertEqual((result["text"], result["output_ids"]), ("", [5, 6, 5]))
-            reply = client.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 2, "logprobs": 1})
-            self.assertEqual(reply.json()["choices"][0]["logprobs"]["tokens"], ["", ""])
-            for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": MESSAGES})):
+            # A reply without ids would say nothing.
+            for path, body in (
+                ("completions", {"prompt": [5, 6], "logprobs": 1}),
+                ("completions", {"prompt": "a", "stream": True}),
+                ("chat/completions", {"messages": MESSAGES}),
+                ("chat/completions", {"messages": MESSAGES, "input_ids": [5]}),
+                ("responses", {"input": "a"}),
+            ):
                 refused = client.post(f"/v1/{path}", json=body)
                 self.assertEqual(refused.status_code, 400)
-                self.assertIn("--skip-tokenizer-init", refused.json()["message"])
+                self.assertRegex(refused.json()["message"], "--skip-tokenizer-init: use /generate")
             self.assertEqual(client.post("/tokenize", json={"prompt": "a"}).status_code, 400)
 
 

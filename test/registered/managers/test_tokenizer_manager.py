@@ -189,6 +189,9 @@ class TestResults(ManagerTestCase):
         message = self.scheduler.received[-1]
         self.assertEqual(message.input_ids, ids[: CONTEXT - 1])
         self.assertEqual(message.sampling_params.max_new_tokens, 1)
+        # What is scored, or returned with the reply, is the whole prompt.
+        for fields in ({"return_logprob": True, "logprob_start_len": 0}, {"logprob_start_len": 0}):
+            await self.refused("longer than the model's context length", input_ids=ids, **fields)
 
     async def test_long_text_says_which_bound_it_passes(self):
         await self.refused("longer than the model's context length \\(64 tokens\\)", text="word " * 50)

@@ -30,7 +30,11 @@ class RuntimeArgs:
     watchdog_timeout: float = flag(
         300.0, "Seconds without progress of any process after which the server ends.", RUNTIME, minimum=3
     )
-    allow_auto_truncate: bool = flag(False, "Cut prompts that exceed the context instead of refusing them.", RUNTIME)
+    allow_auto_truncate: bool = flag(
+        False,
+        "Cut prompts that exceed the context instead of refusing them, unless they are echoed or scored.",
+        RUNTIME,
+    )
     dry_run: bool = flag(
         False, "Print the resolved settings with reasons, or every error, and exit with status 0 or 2.", RUNTIME
     )

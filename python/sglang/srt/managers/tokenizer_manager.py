@@ -400,7 +400,7 @@ class TokenizerManager:
         num_asked = 0
         grammar_after = self._grammars.think_end_id() if obj.require_reasoning else None
         for single, params in zip(singles, all_params, strict=True):
-            input_ids = self._fit_context(await self._encode(single), params)
+            input_ids = self._fit_context(await self._encode(single), params, single.logprob_start_len < 0)
             num_asked += params.n * num_prompt_logprobs(single, len(input_ids))
             if num_asked > MAX_PROMPT_LOGPROBS_PER_CALL:
                 raise too_many_logprobs("call", num_asked, MAX_PROMPT_LOGPROBS_PER_CALL)
@@ -462,7 +462,7 @@ class TokenizerManager:
                 bad = next(i for i in ids if not 0 <= i < self.vocab_size)
                 raise RequestError(f"input_ids holds {bad}, outside the vocabulary [0, {self.vocab_size}).")
         elif self.tokenizer is None:
-            raise RequestError("The server runs with --skip-tokenizer-init: send input_ids instead of text.")
+            raise RequestError("The server runs with --skip-tokenizer-init: send input_ids, not text.")
         elif not single.text:
             raise RequestError("The prompt is empty: text has no characters.", param="input_ids")
         else:
@@ -484,10 +484,10 @@ class TokenizerManager:
             raise RequestError("The server runs with --skip-tokenizer-init and has no tokenizer.")
         return self._encoder
 
-    def _fit_context(self, input_ids: list[int], params: SamplingParams) -> list[int]:
-        """The prompt, cut if allowed; clamps ``params`` in place to the room that is left after it."""
+    def _fit_context(self, input_ids: list[int], params: SamplingParams, may_cut: bool) -> list[int]:
+        """The prompt, cut if allowed and if its reader ``may_cut`` it; clamps ``params`` to the room left after it."""
         if len(input_ids) >= self.context_len:
-            if not self.server_args.allow_auto_truncate:
+            if not (self.server_args.allow_auto_truncate and may_cut):
                 raise longer_than_context(len(input_ids), self.context_len)
             logger.warning("Prompt cut from %d to %d tokens.", len(input_ids), self.context_len - 1)
             input_ids = input_ids[: self.context_len - 1]

@@ -15,9 +15,9 @@ _REPLACEMENT = "\ufffd"
 _MAX_GAP = 8
 
 
-def token_name(tokenizer: Tokenizer | None, token_id: int, text: str | None) -> str:
+def token_name(tokenizer: Tokenizer, token_id: int, text: str | None) -> str:
     """The text of a token, or ``bytes:\\xNN...`` as OpenAI writes it if its bytes are not whole characters."""
-    if tokenizer is None or not tokenizer.is_byte_level:
+    if not tokenizer.is_byte_level:
         return text or ""
     data = tokenizer.token_bytes(token_id)
     try:
@@ -26,7 +26,7 @@ def token_name(tokenizer: Tokenizer | None, token_id: int, text: str | None) -> 
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def named_row(tokenizer: Tokenizer | None, sampled: LogprobEntry, top: list[LogprobEntry]) -> dict[str, float | None]:
+def named_row(tokenizer: Tokenizer, sampled: LogprobEntry, top: list[LogprobEntry]) -> dict[str, float | None]:
     """Best tokens and the sampled token by name, best first. Of several ids with one name, all but one are named
     ``token_id:N``.
 
@@ -108,11 +108,11 @@ class ChoiceLogprobs:
     end no place is after the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, skip_special_tokens: bool, with_top: bool):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, with_top: bool):
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._with_top = with_top
-        self._places = None if tokenizer is None else TokenPlaces(tokenizer, skip_special_tokens)
+        self._places = TokenPlaces(tokenizer, skip_special_tokens)
         self._start = 0
         self._sent = 0
         self._waiting: list[tuple[str, float | None, dict[str, float | None] | None, int]] = []
@@ -120,7 +120,6 @@ class ChoiceLogprobs:
     def add_prompt(self, prompt: str, was_text: bool, meta: dict[str, Any]) -> None:
         """The tokens of an echoed prompt, before any of the output."""
         entries: list[LogprobEntry] = meta["input_token_logprobs"]
-        assert self._tokenizer is not None
         if was_text:
             places = prompt_places(self._tokenizer, prompt, entries)
         else:
@@ -131,15 +130,14 @@ class ChoiceLogprobs:
 
     def add_output(self, meta: dict[str, Any]) -> None:
         entries: list[LogprobEntry] = meta["output_token_logprobs"]
-        push = self._places.push if self._places is not None else lambda *_: 0
-        places = [self._start + push(token_id, text) for _, token_id, text in entries]
+        places = [self._start + self._places.push(token_id, text) for _, token_id, text in entries]
         self._add(entries, meta.get("output_top_logprobs"), places)
 
     def release(self, num_chars: int, final: bool) -> CompletionLogprobs:
         """What is in the text that the client has once it has ``num_chars`` more; everything, if ``final``."""
         self._sent += num_chars
         count = 0
-        while count < len(self._waiting) and (final or self._places is None or self._waiting[count][3] < self._sent):
+        while count < len(self._waiting) and (final or self._waiting[count][3] < self._sent):
             count += 1
         ready, self._waiting = self._waiting[:count], self._waiting[count:]
         return CompletionLogprobs(

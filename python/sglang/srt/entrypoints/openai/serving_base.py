@@ -28,7 +28,9 @@ from sglang.srt.entrypoints.openai.protocol import (
     Usage,
 )
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.request_input import RequestError
 from sglang.srt.sampling.sampling_params import GRAMMAR_KINDS, SamplingParams
+from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 # Body field -> sampling parameter, where the value passes unchanged; null takes the default.
 _SAMPLING_FIELDS = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"} | {
@@ -128,6 +130,14 @@ class OpenAIServing(ABC, Generic[RequestT]):
     def check(self, body: RequestT) -> None:
         """Raise RequestError for what is not supported."""
         self.context.check_model(body.model)
+        if self.manager.tokenizer is None:
+            raise RequestError("A reply would have no text, because of --skip-tokenizer-init: use /generate.")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of a request that has passed ``check``."""
+        assert self.manager.tokenizer is not None
+        return self.manager.tokenizer
 
     def check_keys(self, body: RequestT, warnings: list[str] | None) -> None:
         """Check unknown keys in open parts of the body's type; extends ``warnings``."""

@@ -58,7 +58,7 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         return super().renamed(body) | names
 
     def check_keys(self, body: ChatCompletionRequest, warnings: list[str] | None) -> None:
-        template = self.manager.tokenizer.chat_template if self.manager.tokenizer is not None else None
+        template = self.tokenizer.chat_template
         source = "" if template is None else template.source
         check_message_keys(body.messages, source, self.manager.unknown_fields, warnings)
         if warnings is None:
@@ -121,16 +121,13 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
             yield ChatStreamChoice(index, ChatDelta(), None, reader.finish_reason(reason), matched)
 
     async def _prompt_ids(self, body: ChatCompletionRequest) -> list[Any]:
-        tokenizer = self.manager.tokenizer
-        if tokenizer is None:
-            raise RequestError("Chat needs a tokenizer, and the server runs with --skip-tokenizer-init.")
         variables = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", body.reasoning_effort)
         try:
             # In a thread: a checkpoint's template may take seconds.
             text = await asyncio.to_thread(
-                tokenizer.apply_chat_template,
+                self.tokenizer.apply_chat_template,
                 body.messages,
                 tools=body.tools if offered_tools(body) else None,
                 continue_final_message=bool(body.continue_final_message),
@@ -152,7 +149,6 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
 
     def _bytes(self, token_id: int, text: str | None) -> list[int]:
         """The bytes of a token, because its text shows half a character as a replacement character."""
-        tokenizer = self.manager.tokenizer
-        if tokenizer is not None and tokenizer.is_byte_level:
-            return list(tokenizer.token_bytes(token_id))
+        if self.tokenizer.is_byte_level:
+            return list(self.tokenizer.token_bytes(token_id))
         return list((text or "").encode("utf-8"))

@@ -29,8 +29,6 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
             raise RequestError(f"logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {body.logprobs}.")
         if body.best_of not in (None, body.n or 1):
             raise RequestError(f"best_of {body.best_of} is not supported: every sample is returned. Use n.")
-        if body.echo and self.manager.tokenizer is None:
-            raise RequestError("echo needs a tokenizer, and the server runs with --skip-tokenizer-init.")
 
     def renamed(self, body: CompletionRequest) -> dict[str, str]:
         start = "logprob_start_len of /generate"
@@ -59,7 +57,7 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
         meta, text, prompt = result["meta_info"], result["text"], None
         if index not in states:
             skip_special = body.skip_special_tokens is not False
-            states[index] = ChoiceLogprobs(self.manager.tokenizer, skip_special, bool(body.logprobs))
+            states[index] = ChoiceLogprobs(self.tokenizer, skip_special, bool(body.logprobs))
             prompt = self._echoed(body, native, index) if body.echo else None
         text = (prompt or "") + text
         reason, matched = finish(meta)
@@ -84,7 +82,6 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
         if native.text is not None:
             return native.text if isinstance(native.text, str) else native.text[number]
         ids: Any = native.input_ids
-        assert self.manager.tokenizer is not None
-        return self.manager.tokenizer.decode(
+        return self.tokenizer.decode(
             ids[number] if isinstance(ids[0], list) else ids, body.skip_special_tokens is not False
         )
