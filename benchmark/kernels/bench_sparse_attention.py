@@ -22,12 +22,12 @@ import triton.language as tl
 from timing import describe_device, graph_time
 
 from sglang.kernels.ops.attention import sparse_splits
-from sglang.kernels.ops.attention.packed_rows import make_pages
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention_triton
 from sglang.kernels.ops.attention.sparse_attention_triton import load_row_tile
 from sglang.kernels.ops.attention.sparse_splits import SparseTile, choose_passes, sparse_tile, split_count
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.srt.platforms import current_platform
+from sglang.test.cache_pools import make_pages
 
 DIM, ROPE, WINDOW, ROW_BYTES = 512, 64, 128, 584
 TILES = tuple(

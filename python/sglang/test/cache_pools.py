@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from sglang.kernels.ops.attention.packed_rows import GROUP
 from sglang.srt.configs.cache_layout import FULL, STATE, BufferSpec, CacheLayout, PoolSpec
 from sglang.srt.mem_cache.memory_pool import CachePool, ModelPools, StateSlots
 
@@ -48,3 +49,16 @@ def state_slots(
     spec = pool_spec("gdn", STATE, layers, {"conv": conv, "ssm": ssm}, conv_dtype, ssm_dtype)
     pools = ModelPools(CacheLayout((spec,)), {STATE: num_slots}, 1, device)
     return StateSlots(pools), pools["gdn"]
+
+
+def make_pages(
+    num_pages: int, per_page: int, dim: int, tail: int | None, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pages of rows of which ``tail`` columns stay bfloat16, or of keys for None, as a pool has them; bytes are 0."""
+    width = dim if tail is None else dim + tail
+    scale_bytes = 4 if tail is None else -(-(dim - tail) // GROUP // 8) * 8
+    page = -(-per_page * (width + scale_bytes) // width) * width
+    pages = torch.zeros(num_pages, page + -page % 4, dtype=torch.uint8, device=device)
+    values = pages[:, : per_page * width].view(dtype).unflatten(1, (per_page, width))
+    scales = pages[:, per_page * width :][:, : per_page * scale_bytes]
+    return values, scales.view(torch.float32) if tail is None else scales.unflatten(1, (per_page, scale_bytes))

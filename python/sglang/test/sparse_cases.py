@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_torch
+from sglang.kernels.ops.attention.packed_rows import load_rows, store_rows_torch
+from sglang.test.cache_pools import make_pages
 
 DIM, ROPE, WINDOW = 512, 64, 128
 # Around the ends of blocks and of the window.

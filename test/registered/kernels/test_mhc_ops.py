@@ -8,9 +8,10 @@ import torch
 from sglang.kernels.ops.mhc.hc_head import hc_head
 from sglang.kernels.ops.mhc.hc_post import hc_post, hc_post_torch
 from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
-from sglang.kernels.ops.mhc.hc_pre import balance, hc_pre, parameters
+from sglang.kernels.ops.mhc.hc_pre import balance, hc_pre
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.op_cases import cases_of
+from sglang.test.op_cases.mhc import parameters
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")

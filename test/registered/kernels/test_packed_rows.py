@@ -5,11 +5,12 @@ import unittest
 
 import torch
 
-from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_torch
+from sglang.kernels.ops.attention.packed_rows import load_rows, store_rows_torch
 from sglang.kernels.ops.quant.group_fp8 import FP8_DTYPES
 from sglang.srt.configs.cache_layout import FULL, CacheLayout, PoolSpec
 from sglang.srt.configs.deepseek_v4_cache import packed_keys, packed_rows
 from sglang.srt.mem_cache.memory_pool import ModelPools
+from sglang.test.cache_pools import make_pages
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.packed_truth import float_of_byte, true_row, true_rows
 from sglang.test.test_utils import CustomTestCase

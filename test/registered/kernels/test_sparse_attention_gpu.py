@@ -6,11 +6,12 @@ from unittest import mock
 import torch
 
 from sglang.kernels.ops.attention import sparse_passes
-from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows_torch
+from sglang.kernels.ops.attention.packed_rows import store_rows_torch
 from sglang.kernels.ops.attention.sparse_attention import PACKED_ARCHS, sparse_attention, sparse_attention_triton
 from sglang.kernels.ops.attention.sparse_splits import PASSES
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.srt.platforms import current_platform
+from sglang.test.cache_pools import make_pages
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.sparse_cases import DIM, ROPE, assert_near, sparse_inputs, sparse_matrix
 from sglang.test.test_utils import CustomTestCase

@@ -19,7 +19,7 @@ from test_op_parity import QUANTIZING, check_case, tensors
 from triton.runtime import interpreter
 
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
-from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages
+from sglang.kernels.ops.attention.packed_rows import load_rows
 from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed_triton
 from sglang.kernels.ops.linear.dense import dense_linear_row
 from sglang.kernels.ops.mhc import launchers
@@ -32,6 +32,7 @@ from sglang.kernels.ops.norm.rmsnorm import fits_triton, rms_norm_torch, rms_nor
 from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.registry import REGISTRY
 from sglang.test.aiter_mhc_cases import crossing
+from sglang.test.cache_pools import make_pages
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.op_cases import cases_of
 from sglang.test.op_cases.quant import random_blocks

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows_torch
+from sglang.kernels.ops.attention.packed_rows import store_rows_torch
+from sglang.test.cache_pools import make_pages
 from sglang.test.op_cases import Case
 
 

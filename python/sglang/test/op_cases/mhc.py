@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from sglang.kernels.ops.mhc.hc_pre import parameters, streams
 from sglang.test.op_cases import Case
+
+
+def parameters(n: int, width: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """fn and base of ``rows`` coefficients over ``n`` streams of ``width``."""
+    fn = torch.randn(rows, n * width, generator=generator) / (n * width) ** 0.5
+    return fn, torch.randn(rows, generator=generator)
+
+
+def streams(generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """Streams of some sizes, zeros and large numbers among them."""
+    for rows, n, width in ((1, 4, 8), (7, 4, 12), (0, 4, 8), (5, 2, 6), (33, 4, 64), (3, 4, 320), (0, 4, 64)):
+        yield f"{rows}x{n}x{width}", torch.randn(rows, n, width, generator=generator)
+    yield "zeros", torch.zeros(2, 4, 8)
+    yield "huge", torch.randn(2, 4, 64, generator=generator).abs() * 1e8
 
 
 def hc_head() -> Iterator[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.extend_ragged import join_tail
@@ -10,19 +11,13 @@ from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Impl, Op
 
-State = tuple[torch.Tensor, torch.Tensor]
+State = tuple[Tensor, Tensor]
 
 
 def extend_state_torch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    scale: float,
-    causal: bool,
-    k_tail: torch.Tensor | None = None,
-) -> State:
+    q: Tensor, k: Tensor, v: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, scale: float, causal: bool,
+    k_tail: Tensor | None = None,
+) -> State:  # fmt: skip
     """Softmax attention over packed rows, request by request, and its log-sum-exp.
 
     q [N, Hq, D], k [M, Hk, D], v [M, Hk, Dv]; request i owns query rows qo_indptr[i]:qo_indptr[i+1] and key rows
@@ -50,7 +45,7 @@ def extend_state_torch(
     return out, lse
 
 
-def merge_states_torch(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> State:
+def merge_states_torch(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> State:
     """Attention over the union of two disjoint sets of keys, from the attention over each.
 
     out_a, out_b [N, H, D], lse_a, lse_b [N, H] float32 -> out in out_a's dtype and lse. A part with lse -inf has no
@@ -63,20 +58,14 @@ def merge_states_torch(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Te
 
 
 def extend_state_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    scale: float,
-    causal: bool,
-    k_tail: torch.Tensor | None = None,
-) -> State:
+    q: Tensor, k: Tensor, v: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, scale: float, causal: bool,
+    k_tail: Tensor | None = None,
+) -> State:  # fmt: skip
     shape = RowShape.of(q.shape[2], v.shape[2], k_tail=k_tail)
     return launch_extend(q, k, v, None, qo_indptr, kv_indptr, scale, shape, causal, with_lse=True, k_tail=k_tail)
 
 
-def merge_states_triton(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> State:
+def merge_states_triton(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> State:
     from sglang.kernels.ops.attention.attention_state_triton import merge_states_kernel
 
     num_rows, heads, dim = out_a.shape
@@ -92,13 +81,13 @@ def merge_states_triton(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.T
 
 
 def _accepts_extend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qo: torch.Tensor, kv: torch.Tensor, scale: float, causal: bool,
-    k_tail: torch.Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, qo: Tensor, kv: Tensor, scale: float, causal: bool,
+    k_tail: Tensor | None = None,
 ) -> bool:  # fmt: skip
     return rows_fit(q, k, v, k_tail)
 
 
-def _accepts_merge(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> bool:
+def _accepts_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> bool:
     dense = all(tensor.is_contiguous() for tensor in (out_a, lse_a, out_b, lse_b))
     return out_a.dtype == out_b.dtype and out_a.dtype in FLOATS and dense
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.attention.packed_rows import RowLayout, is_packed, store_rows_torch
@@ -13,22 +14,10 @@ GATHER_BYTES = 1 << 26
 
 
 def compress_torch(
-    kv: torch.Tensor,
-    gate: torch.Tensor,
-    kv_states: torch.Tensor,
-    gate_states: torch.Tensor,
-    state_rows: torch.Tensor,
-    sources: torch.Tensor,
-    position_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    cos_sin_cache: torch.Tensor,
-    first_positions: torch.Tensor,
-    entry_rows: torch.Tensor,
-    cache: torch.Tensor,
-    cache_scales: torch.Tensor | None = None,
-    rows_apart: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kv: Tensor, gate: Tensor, kv_states: Tensor, gate_states: Tensor, state_rows: Tensor, sources: Tensor,
+    position_bias: Tensor, norm_weight: Tensor, eps: float, cos_sin_cache: Tensor, first_positions: Tensor,
+    entry_rows: Tensor, cache: Tensor, cache_scales: Tensor | None = None, rows_apart: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Store an entry for each row of ``sources``, then this step's rows as states: (cache, kv_states, gate_states).
 
     kv, gate [N, parts*D] of this step's rows; kv_states, gate_states [S, parts*D] float32. sources [C, W] int64 with
@@ -54,9 +43,9 @@ def compress_torch(
 
 
 def _pool(
-    kv: torch.Tensor, gate: torch.Tensor, kv_states: torch.Tensor, gate_states: torch.Tensor, sources: torch.Tensor,
-    position_bias: torch.Tensor, dim: int,
-) -> torch.Tensor:  # fmt: skip
+    kv: Tensor, gate: Tensor, kv_states: Tensor, gate_states: Tensor, sources: Tensor,
+    position_bias: Tensor, dim: int,
+) -> Tensor:  # fmt: skip
     """The weighted sums [C, D] float32."""
     ratio, parts = position_bias.shape[0], position_bias.shape[1] // dim
     values, gates = [], []
@@ -73,13 +62,13 @@ def _pool(
     return (weights * torch.cat(values, dim=1)).sum(dim=1)
 
 
-def _gather(rows: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def _gather(rows: Tensor, states: Tensor, tokens: Tensor) -> Tensor:
     """Rows [C, W, D] float32 of the step or of the states; any where a token is -1."""
     of_step = rows[tokens.clamp(min=0)].float()
     return torch.where((tokens >= 0).unsqueeze(2), of_step, states[(-2 - tokens).clamp(min=0)])
 
 
-def _norm_and_turn(x: torch.Tensor, weight: torch.Tensor, eps: float, cos_sin: torch.Tensor) -> torch.Tensor:
+def _norm_and_turn(x: Tensor, weight: Tensor, eps: float, cos_sin: Tensor) -> Tensor:
     """x [C, D] float32 -> the same."""
     x = weight.float() * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
     plain, turned = x.split([x.shape[1] - cos_sin.shape[1], cos_sin.shape[1]], dim=1)
@@ -90,22 +79,10 @@ def _norm_and_turn(x: torch.Tensor, weight: torch.Tensor, eps: float, cos_sin: t
 
 
 def compress_triton(
-    kv: torch.Tensor,
-    gate: torch.Tensor,
-    kv_states: torch.Tensor,
-    gate_states: torch.Tensor,
-    state_rows: torch.Tensor,
-    sources: torch.Tensor,
-    position_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    cos_sin_cache: torch.Tensor,
-    first_positions: torch.Tensor,
-    entry_rows: torch.Tensor,
-    cache: torch.Tensor,
-    cache_scales: torch.Tensor | None = None,
-    rows_apart: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kv: Tensor, gate: Tensor, kv_states: Tensor, gate_states: Tensor, state_rows: Tensor, sources: Tensor,
+    position_bias: Tensor, norm_weight: Tensor, eps: float, cos_sin_cache: Tensor, first_positions: Tensor,
+    entry_rows: Tensor, cache: Tensor, cache_scales: Tensor | None = None, rows_apart: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One launch, or two where states may be read and written."""
     from sglang.kernels.ops.attention.compress_triton import compress_kernel
 
@@ -129,22 +106,10 @@ def compress_triton(
 
 
 def _accepts(
-    kv: torch.Tensor,
-    gate: torch.Tensor,
-    kv_states: torch.Tensor,
-    gate_states: torch.Tensor,
-    state_rows: torch.Tensor,
-    sources: torch.Tensor,
-    position_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    cos_sin_cache: torch.Tensor,
-    first_positions: torch.Tensor,
-    entry_rows: torch.Tensor,
-    cache: torch.Tensor,
-    cache_scales: torch.Tensor | None = None,
-    rows_apart: bool = False,
-) -> bool:
+    kv: Tensor, gate: Tensor, kv_states: Tensor, gate_states: Tensor, state_rows: Tensor, sources: Tensor,
+    position_bias: Tensor, norm_weight: Tensor, eps: float, cos_sin_cache: Tensor, first_positions: Tensor,
+    entry_rows: Tensor, cache: Tensor, cache_scales: Tensor | None = None, rows_apart: bool = False,
+) -> bool:  # fmt: skip
     rows = (kv, gate, kv_states, gate_states, position_bias, cos_sin_cache)
     dense = all(x.stride(1) == 1 for x in rows) and sources.is_contiguous() and position_bias.is_contiguous()
     even = norm_weight.shape[0] % 2 == 0

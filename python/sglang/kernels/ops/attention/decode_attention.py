@@ -5,7 +5,7 @@ Slots are read from the request table; keys and values, or latent rows.
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.attention.decode_padded import (
@@ -19,15 +19,9 @@ from sglang.kernels.spec import Impl, Op
 
 
 def decode_attention_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    rank: int = 0,
-) -> torch.Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, req_to_token: Tensor, req_pool_indices: Tensor,
+    seq_lens: Tensor, scale: float, rank: int = 0,
+) -> Tensor:  # fmt: skip
     """Softmax attention of the queries of each request's last W tokens over its slots, each up to its own token.
 
     q [B*W, Hq, D], packed by request, k_cache [S, Hk, D], v_cache [S, Hk, Dv], req_to_token [R, C] int32 (entries past
@@ -40,22 +34,16 @@ def decode_attention_torch(
     return decode_padded_torch(q, k_cache, v_cache, table, seq_lens, scale, rank)
 
 
-def slots_of(req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+def slots_of(req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor) -> Tensor:
     """Slots of the requests, [B, longest] int64."""
     longest = int(seq_lens.max()) if seq_lens.numel() else 0
     return req_to_token[:, :longest].index_select(0, req_pool_indices).long()
 
 
 def decode_attention_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    rank: int = 0,
-) -> torch.Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, req_to_token: Tensor, req_pool_indices: Tensor,
+    seq_lens: Tensor, scale: float, rank: int = 0,
+) -> Tensor:  # fmt: skip
     width = queries_per_request(q, seq_lens)
     if v_cache is None and width > 1 and q.shape[1] >= MANY_HEADS:
         # The heads of one query fill a program, and those of the next read what it has just read. On an H200 (triton
@@ -67,8 +55,8 @@ def decode_attention_triton(
 
 
 def fits_table(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, table: torch.Tensor, rows: torch.Tensor,
-    lens: torch.Tensor, scale: float, rank: int = 0,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, table: Tensor, rows: Tensor,
+    lens: Tensor, scale: float, rank: int = 0,
 ) -> bool:  # fmt: skip
     """Whether the kernels read these rows and this request table."""
     return caches_fit(q, k_cache, v_cache, rank) and table.stride(1) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.spec import Impl, Op
@@ -11,7 +12,7 @@ from sglang.kernels.spec import Impl, Op
 CHUNK_BYTES = 2 << 20
 
 
-def readable_slots(slot_table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def readable_slots(slot_table: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor | None]:
     """Slots that are safe to read, and the mask of columns past each row's length (None when there are none).
 
     slot_table [B, L] int64, seq_lens [B] int64. A column past the end reads the row's first slot instead, since a
@@ -24,17 +25,17 @@ def readable_slots(slot_table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[to
     return torch.where(beyond, first, slot_table), beyond
 
 
-def queries_per_request(q: torch.Tensor, seq_lens: torch.Tensor) -> int:
+def queries_per_request(q: Tensor, seq_lens: Tensor) -> int:
     """How many rows of q [B * W, ...] each request has: W, and 1 of no requests."""
     return max(1, q.shape[0] // max(1, seq_lens.shape[0]))
 
 
-def last_lengths(seq_lens: torch.Tensor, width: int) -> torch.Tensor:
+def last_lengths(seq_lens: Tensor, width: int) -> Tensor:
     """Tokens up to each of the last ``width`` ones of a request: [B, W]."""
     return seq_lens.unsqueeze(1) + torch.arange(1 - width, 1, device=seq_lens.device)
 
 
-def later_columns(slot_table: torch.Tensor, seq_lens: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+def later_columns(slot_table: Tensor, seq_lens: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Columns after the token of each query, [B, Hk * W * G, L] bool: of W queries of Hk groups of G heads."""
     kv_heads, width, group = shape
     columns = torch.arange(slot_table.shape[1], device=seq_lens.device)
@@ -42,7 +43,7 @@ def later_columns(slot_table: torch.Tensor, seq_lens: torch.Tensor, shape: tuple
     return beyond.view(-1, 1, width, 1, len(columns)).expand(-1, kv_heads, -1, group, -1).flatten(1, 3)
 
 
-def ends_finite(cache: torch.Tensor, slot_table: torch.Tensor, seq_lens: torch.Tensor, width: int) -> bool:
+def ends_finite(cache: Tensor, slot_table: Tensor, seq_lens: Tensor, width: int) -> bool:
     """Whether the cache rows of the last ``width`` tokens of requests, which not all of their queries see, hold neither
     NaN nor infinities: a probability of 0 does not remove these. False as well for a sum that is too large."""
     slots = slot_table.gather(1, last_lengths(seq_lens, width) - 1)
@@ -50,14 +51,9 @@ def ends_finite(cache: torch.Tensor, slot_table: torch.Tensor, seq_lens: torch.T
 
 
 def decode_padded_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    slot_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, slot_table: Tensor, seq_lens: Tensor, scale: float,
     rank: int = 0,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """Softmax attention of the queries of each request's last W tokens over its slots, each up to its own token.
 
     q [B*W, Hq, D], packed by request, k_cache [S, Hk, D], v_cache [S, Hk, Dv], slot_table [B, L] int64 (entries past a
@@ -85,14 +81,8 @@ def decode_padded_torch(
 
 
 def _attend(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    slots: torch.Tensor,
-    hidden: torch.Tensor | None,
-    v_dim: int,
-    scale: float,
-) -> torch.Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor, hidden: Tensor | None, v_dim: int, scale: float
+) -> Tensor:
     """q [B, Hq, D] over slots [B, L] except the columns that are ``hidden`` [B, 1 or Hq, L] -> [B, Hq, Dv]."""
     (batch, heads, _), length, kv_heads = q.shape, slots.shape[1], k_cache.shape[1]
     out = q.new_empty(batch, heads, v_dim)

@@ -3,7 +3,7 @@ cached prefix."""
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.attention.extend_ragged import extend_ragged_torch
@@ -14,15 +14,9 @@ from sglang.kernels.spec import Impl, Op
 
 
 def extend_attention_torch(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    kv_slot_ids: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    scale: float,
-    rank: int = 0,
-) -> torch.Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, kv_slot_ids: Tensor, qo_indptr: Tensor, kv_indptr: Tensor,
+    scale: float, rank: int = 0,
+) -> Tensor:  # fmt: skip
     """Causal softmax attention, request by request, over cache slots.
 
     q [N, Hq, D], k_cache [S, Hk, D], v_cache [S, Hk, Dv]; kv_slot_ids [M] int64 lists the slots of each request's
@@ -38,22 +32,16 @@ def extend_attention_torch(
 
 
 def extend_attention_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    kv_slot_ids: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    scale: float,
-    rank: int = 0,
-) -> torch.Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, kv_slot_ids: Tensor, qo_indptr: Tensor, kv_indptr: Tensor,
+    scale: float, rank: int = 0,
+) -> Tensor:  # fmt: skip
     shape, v = RowShape.of_caches(q, v_cache, rank), k_cache if v_cache is None else v_cache
     return launch_extend(q, k_cache, v, kv_slot_ids, qo_indptr, kv_indptr, scale, shape)[0]
 
 
 def _accepts(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, slots: torch.Tensor, qo: torch.Tensor,
-    kv: torch.Tensor, scale: float, rank: int = 0,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor, qo: Tensor,
+    kv: Tensor, scale: float, rank: int = 0,
 ) -> bool:  # fmt: skip
     return caches_fit(q, k_cache, v_cache, rank)
 

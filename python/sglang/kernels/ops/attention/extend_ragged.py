@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
@@ -16,7 +17,7 @@ BLOCK_ROWS = 512
 _BLOCK_MASK = 1 << 21
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Softmax attention of one request whose n queries are the last n of its m tokens.
 
     q [n, Hq, D], k [m, Hk, D], v [m, Hk, Dv], n <= m, Hq a multiple of Hk -> [n, Hq, Dv] in q's dtype. Query i sees
@@ -47,13 +48,13 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def logits_may_overflow(q: torch.Tensor, k: torch.Tensor) -> bool:
+def logits_may_overflow(q: Tensor, k: Tensor) -> bool:
     """Whether rows of q [n, Hq, D] and k [m, Hk, D] may have a product that is no finite float32, or hold NaN."""
     largest = [max(abs(float(end)) for end in part.aminmax()) for part in (q, k)]
     return not largest[0] * largest[1] * q.shape[2] < torch.finfo(torch.float32).max
 
 
-def _attend_plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Of q [Hq, n, D], the last n of m tokens, over k [Hk, m, D] and v [Hk, m, Dv], by the formula, in float32: torch's
     fused kernel gives numbers on a CPU where no logit is finite."""
     key, value = (part.float().repeat_interleave(q.shape[0] // k.shape[0], 0) for part in (k, v))
@@ -62,20 +63,14 @@ def _attend_plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
     return logits.masked_fill(hidden, -torch.inf).softmax(-1) @ value
 
 
-def join_tail(k: torch.Tensor, k_tail: torch.Tensor | None) -> torch.Tensor:
+def join_tail(k: Tensor, k_tail: Tensor | None) -> Tensor:
     """Whole keys [M, H, D] of k [M, H, D - P] and k_tail [M, P], which all heads share; k itself without a tail."""
     return k if k_tail is None else torch.cat((k, k_tail.unsqueeze(1).expand(-1, k.shape[1], -1)), dim=-1)
 
 
 def extend_ragged_torch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    scale: float,
-    k_tail: torch.Tensor | None = None,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, scale: float, k_tail: Tensor | None = None
+) -> Tensor:
     """Causal softmax attention, request by request, over packed rows.
 
     q [N, Hq, D], k [M, Hk, D], v [M, Hk, Dv]; request i owns query rows qo_indptr[i]:qo_indptr[i+1] and key rows
@@ -97,21 +92,15 @@ def extend_ragged_torch(
 
 
 def extend_ragged_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    qo_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    scale: float,
-    k_tail: torch.Tensor | None = None,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, scale: float, k_tail: Tensor | None = None
+) -> Tensor:
     shape = RowShape.of(q.shape[2], v.shape[2], k_tail=k_tail)
     return launch_extend(q, k, v, None, qo_indptr, kv_indptr, scale, shape, k_tail=k_tail)[0]
 
 
 def _accepts(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qo: torch.Tensor, kv: torch.Tensor, scale: float,
-    k_tail: torch.Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, qo: Tensor, kv: Tensor, scale: float,
+    k_tail: Tensor | None = None,
 ) -> bool:  # fmt: skip
     return rows_fit(q, k, v, k_tail)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.quant.group_fp8 import FP8_DTYPES, fp8_dtype
@@ -10,17 +11,17 @@ from sglang.kernels.spec import Impl, Op
 from sglang.srt.platforms import current_platform
 
 
-def _bits(rows: torch.Tensor) -> torch.Tensor:
+def _bits(rows: Tensor) -> Tensor:
     """8-bit rows as integers: torch moves those on every device."""
     return rows.view(torch.uint8) if rows.dtype in FP8_DTYPES else rows
 
 
-def read_rows(cache: torch.Tensor, slot_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def read_rows(cache: Tensor, slot_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of cache [S, ...] at slot_ids [M] int64, converted to ``dtype``."""
     return _bits(cache).index_select(0, slot_ids).view(cache.dtype).to(dtype)
 
 
-def _write_rows(cache: torch.Tensor, slot_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _write_rows(cache: Tensor, slot_ids: Tensor, rows: Tensor) -> Tensor:
     if cache.dtype in FP8_DTYPES:
         largest = torch.finfo(cache.dtype).max
         rows = rows.clamp(-largest, largest)
@@ -34,9 +35,7 @@ def is_cache_dtype(cache_dtype: torch.dtype, dtype: torch.dtype) -> bool:
     return dtype in FLOATS and (cache_dtype in FLOATS or cache_dtype == fp8_dtype(current_platform.arch))
 
 
-def write_kv_torch(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def write_kv_torch(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Write one row of keys and values per token, converted to the cache's dtype; returns the caches.
 
     What an 8-bit float cannot hold becomes its largest number of that sign; NaN stays NaN.
@@ -46,18 +45,14 @@ def write_kv_torch(
     return _write_rows(k_cache, slot_ids, k), _write_rows(v_cache, slot_ids, v)
 
 
-def write_latent_torch(latent: torch.Tensor, cache: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
+def write_latent_torch(latent: Tensor, cache: Tensor, slot_ids: Tensor) -> Tensor:
     """Write one latent row per token: latent [N, R+P], cache [S, R+P]; otherwise as ``write_kv_torch``."""
     return _write_rows(cache, slot_ids, latent)
 
 
 def gather_slots_torch(
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    starts: torch.Tensor,
-    indptr: torch.Tensor,
-    num_slots: int,
-) -> torch.Tensor:
+    req_to_token: Tensor, req_pool_indices: Tensor, starts: Tensor, indptr: Tensor, num_slots: int
+) -> Tensor:
     """Slots of a span of each request, packed by request.
 
     req_to_token [R, C] int32, req_pool_indices [B] int64 rows of it, starts [B] int64 the first position of each span,
@@ -71,9 +66,7 @@ def gather_slots_torch(
     return req_to_token[req_pool_indices[request], position.clamp(max=req_to_token.shape[1] - 1)].long()
 
 
-def write_kv_triton(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def write_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
     from sglang.kernels.ops.attention.kv_cache_triton import write_rows_kernel
 
     num_tokens, heads, dim = k.shape
@@ -90,12 +83,8 @@ def write_kv_triton(
 
 
 def gather_slots_triton(
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    starts: torch.Tensor,
-    indptr: torch.Tensor,
-    num_slots: int,
-) -> torch.Tensor:
+    req_to_token: Tensor, req_pool_indices: Tensor, starts: Tensor, indptr: Tensor, num_slots: int
+) -> Tensor:
     from sglang.kernels.ops.attention.kv_cache_triton import gather_slots_kernel
 
     out = torch.empty(num_slots, dtype=torch.int64, device=req_to_token.device)
@@ -110,16 +99,14 @@ def gather_slots_triton(
     return out
 
 
-def _accepts_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_ids: torch.Tensor
-) -> bool:
+def _accepts_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_ids: Tensor) -> bool:
     dense = all(tensor.stride(2) == 1 for tensor in (k, v))
     packed = all(cache.stride(1) == cache.shape[2] and cache.stride(2) == 1 for cache in (k_cache, v_cache))
     same = k.dtype == v.dtype and k_cache.dtype == v_cache.dtype
     return same and is_cache_dtype(k_cache.dtype, k.dtype) and dense and packed
 
 
-def _accepts_table(req_to_token: torch.Tensor, *rest: object) -> bool:
+def _accepts_table(req_to_token: Tensor, *rest: object) -> bool:
     return req_to_token.stride(1) == 1
 
 

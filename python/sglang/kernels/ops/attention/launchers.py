@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import cdiv, early_start, imports_gluon, next_power_of_2
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype
@@ -24,7 +25,7 @@ PROJECT_COLUMNS = 16
 PROJECT_PROGRAMS = 256
 
 
-def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_tail: torch.Tensor | None = None) -> bool:
+def rows_fit(q: Tensor, k: Tensor, v: Tensor, k_tail: Tensor | None = None) -> bool:
     """True when the kernels take q [., Hq, D], k [., Hk, D - P], k_tail [., P], v [., Hk, Dv] with values of their own.
 
     Keys and values of another dtype than q's are converted to it as they are read.
@@ -36,7 +37,7 @@ def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_tail: torch.Te
     return same and dense and shapes and q.shape[1] % k.shape[1] == 0
 
 
-def caches_fit(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, rank: int) -> bool:
+def caches_fit(q: Tensor, k_cache: Tensor, v_cache: Tensor | None, rank: int) -> bool:
     """``rows_fit``, and without values whether the kernels take the first ``rank`` columns of the keys as those."""
     if v_cache is not None:
         return rows_fit(q, k_cache, v_cache)
@@ -45,7 +46,7 @@ def caches_fit(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | N
     return is_cache_dtype(k_cache.dtype, q.dtype) and dense and shapes
 
 
-def fits_specialised_warps(q: torch.Tensor, k: torch.Tensor, shape: RowShape, tile: Tile, repeat: int) -> bool:
+def fits_specialised_warps(q: Tensor, k: Tensor, shape: RowShape, tile: Tile, repeat: int) -> bool:
     """Whether the kernel for sm_90 whose warps fetch or multiply takes the place of ``decode_kernel``.
 
     It takes one query per request, whole blocks of 64 heads over one row of 512 and 64 columns per token, all of one
@@ -59,7 +60,7 @@ def fits_specialised_warps(q: torch.Tensor, k: torch.Tensor, shape: RowShape, ti
     return plain and imports_gluon("sglang.kernels.ops.attention.decode_sm90_triton")
 
 
-def merge_parts(parts: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def merge_parts(parts: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
     """parts [N, S, H, V], lse [N, S, H] float32 -> [N, H, V] in ``dtype``; sums in order."""
     from sglang.kernels.ops.attention.decode_triton import merge_splits_kernel
 
@@ -77,22 +78,20 @@ def merge_parts(parts: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> t
     return out
 
 
-def projects(parts: torch.Tensor, w: torch.Tensor, dtype: torch.dtype | None) -> bool:
+def projects(parts: Tensor, w: Tensor, dtype: torch.dtype | None) -> bool:
     """Whether ``project_parts`` is to take these."""
     block = PROJECT_COLUMNS if dtype is None else GROUP
     programs = parts.shape[0] * parts.shape[2] * cdiv(w.shape[2], block)
     return w.stride(1) == 1 and programs <= PROJECT_PROGRAMS and (dtype is None or w.shape[2] % GROUP == 0)
 
 
-def project_parts(
-    parts: torch.Tensor, lse: torch.Tensor, w: torch.Tensor, dtype: torch.dtype | None
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def project_parts(parts: Tensor, lse: Tensor, w: Tensor, dtype: torch.dtype | None) -> Tensor | tuple[Tensor, Tensor]:
     """``merge_parts`` and each head's row times w [H, V, D] -> [N, H * D]; with an 8-bit ``dtype`` q and its scale."""
     from sglang.kernels.ops.attention.decode_triton import merge_project_kernel
 
     num_rows, splits, heads, value = parts.shape
     width = w.shape[2]
-    made: tuple[torch.Tensor, ...]
+    made: tuple[Tensor, ...]
     if dtype is None:
         made, strides, tiles = (torch.empty(num_rows, heads * width, dtype=w.dtype, device=w.device),), (0, 0), 1
     else:
@@ -107,25 +106,16 @@ def project_parts(
     return made[0] if dtype is None else made
 
 
-def launch_decode(*args: Any, **kwargs: Any) -> torch.Tensor:
+def launch_decode(*args: Any, **kwargs: Any) -> Tensor:
     """``launch_parts``, merged: [., Hq, Dv] in q's dtype."""
     parts, lse = launch_parts(*args, **kwargs)
     return parts if lse is None else merge_parts(parts, lse, args[0].dtype)
 
 
 def launch_parts(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    scale: float,
-    shape: RowShape,
-    tile: Tile | None = None,
-    splits: int | None = None,
-    repeat: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor, scale: float,
+    shape: RowShape, tile: Tile | None = None, splits: int | None = None, repeat: int = 1,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``repeat`` queries per request over its slots: q [B*repeat, Hq, D], k [S, Hk, D], v [S, Hk, Dv] -> parts
     [., splits, Hq, Dv] and their lse [., splits, Hq] float32, or of one split the result [., Hq, Dv] alone.
 
@@ -173,20 +163,10 @@ def launch_parts(
 
 
 def launch_extend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slot_ids: torch.Tensor | None,
-    qo_indptr: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    scale: float,
-    shape: RowShape,
-    causal: bool = True,
-    with_lse: bool = False,
-    k_tail: torch.Tensor | None = None,
-    tile: Tile | None = None,
-    splits: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, slot_ids: Tensor | None, qo_indptr: Tensor, kv_indptr: Tensor, scale: float,
+    shape: RowShape, causal: bool = True, with_lse: bool = False, k_tail: Tensor | None = None,
+    tile: Tile | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Packed queries over slots, or over packed rows when ``slot_ids`` is None -> out [N, Hq, Dv], lse [N, Hq] float32.
 
     k_tail [., P] holds the last columns of every head's keys where k lacks them. lse is written on request. Few

@@ -115,16 +115,3 @@ def is_packed(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> bool:
     packed = cache.stride(2) == 1 and cache.stride(1) == cache.shape[2]
     dense = scales.stride(1) == (1 if scales.dim() == 2 else scales.shape[2])
     return packed and dense and dtype in FLOATS and cache.dtype == fp8_dtype(current_platform.arch)
-
-
-def make_pages(
-    num_pages: int, per_page: int, dim: int, tail: int | None, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Pages of rows of which ``tail`` columns stay bfloat16, or of keys for None, as a pool has them; bytes are 0."""
-    width = dim if tail is None else dim + tail
-    scale_bytes = 4 if tail is None else -(-(dim - tail) // GROUP // 8) * 8
-    page = -(-per_page * (width + scale_bytes) // width) * width
-    pages = torch.zeros(num_pages, page + -page % 4, dtype=torch.uint8, device=device)
-    values = pages[:, : per_page * width].view(dtype).unflatten(1, (per_page, width))
-    scales = pages[:, per_page * width :][:, : per_page * scale_bytes]
-    return values, scales.view(torch.float32) if tail is None else scales.unflatten(1, (per_page, scale_bytes))

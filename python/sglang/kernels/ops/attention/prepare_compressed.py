@@ -15,16 +15,9 @@ NUMBERS_PER_PROGRAM = 4096
 
 
 def prepare_compressed_torch(
-    q: Tensor,
-    kv: Tensor,
-    positions: Tensor,
-    cos_sin_cache: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    row_ids: Tensor,
-    cache: Tensor,
-    scales: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, kv: Tensor, positions: Tensor, cos_sin_cache: Tensor, norm_weight: Tensor, eps: float, row_ids: Tensor,
+    cache: Tensor, scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Norm each head of q without a weight and turn it; norm kv by ``norm_weight``, turn it, and store it as rows.
 
     q [N, H, D], kv [N, D], positions [N] int64, cos_sin_cache [P, R] float32 turns the last R columns as in
@@ -39,16 +32,9 @@ def prepare_compressed_torch(
 
 
 def prepare_compressed_triton(
-    q: Tensor,
-    kv: Tensor,
-    positions: Tensor,
-    cos_sin_cache: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    row_ids: Tensor,
-    cache: Tensor,
-    scales: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, kv: Tensor, positions: Tensor, cos_sin_cache: Tensor, norm_weight: Tensor, eps: float, row_ids: Tensor,
+    cache: Tensor, scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from sglang.kernels.ops.attention.prepare_compressed_triton import prepare_compressed_kernel
 
     num_rows, heads, dim = q.shape
@@ -66,16 +52,9 @@ def prepare_compressed_triton(
 
 
 def _accepts(
-    q: Tensor,
-    kv: Tensor,
-    positions: Tensor,
-    cos_sin_cache: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    row_ids: Tensor,
-    cache: Tensor,
-    scales: Tensor | None = None,
-) -> bool:
+    q: Tensor, kv: Tensor, positions: Tensor, cos_sin_cache: Tensor, norm_weight: Tensor, eps: float, row_ids: Tensor,
+    cache: Tensor, scales: Tensor | None = None,
+) -> bool:  # fmt: skip
     dense = q.stride(2) == kv.stride(1) == cos_sin_cache.stride(1) == 1
     same = q.dtype == kv.dtype and q.dtype in FLOATS and q.shape[2] % 2 == 0 and q.shape[2] <= NUMBERS_PER_PROGRAM
     return dense and same and is_packed(cache, scales, q.dtype)

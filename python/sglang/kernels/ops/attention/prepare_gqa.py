@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_kv_torch
@@ -15,19 +16,9 @@ MAX_TRITON_DIM = 512
 
 
 def prepare_gqa_torch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_ids: torch.Tensor,
-    eps: float,
-    is_neox: bool,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, positions: Tensor, cos_sin_cache: Tensor,
+    k_cache: Tensor, v_cache: Tensor, slot_ids: Tensor, eps: float, is_neox: bool,
+) -> Tensor:  # fmt: skip
     """Norm each head of q and k (gain 1 + weight), rotate its first P columns, and write k and v as cache rows.
 
     q [N, Hq, D], k [N, Hk, D], v [N, Hk, Dv], q_weight and k_weight [D], positions [N], cos_sin_cache [max, P], k_cache
@@ -41,19 +32,9 @@ def prepare_gqa_torch(
 
 
 def prepare_gqa_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_ids: torch.Tensor,
-    eps: float,
-    is_neox: bool,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, positions: Tensor, cos_sin_cache: Tensor,
+    k_cache: Tensor, v_cache: Tensor, slot_ids: Tensor, eps: float, is_neox: bool,
+) -> Tensor:  # fmt: skip
     from sglang.kernels.ops.attention.prepare_triton import prepare_gqa_kernel
 
     (tokens, heads, dim), (kv_heads, value_dim) = q.shape, v.shape[1:]
@@ -75,9 +56,9 @@ def prepare_gqa_triton(
 
 
 def _accepts(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor,
-    positions: torch.Tensor, cos_sin_cache: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-    slot_ids: torch.Tensor, *rest: object,
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor,
+    positions: Tensor, cos_sin_cache: Tensor, k_cache: Tensor, v_cache: Tensor,
+    slot_ids: Tensor, *rest: object,
 ) -> bool:  # fmt: skip
     dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v, cos_sin_cache))
     packed = all(cache.stride(1) == cache.shape[2] and cache.stride(2) == 1 for cache in (k_cache, v_cache))

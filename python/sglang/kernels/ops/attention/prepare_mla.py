@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_latent_torch
@@ -19,18 +20,9 @@ ABSORB_COLUMNS = 64
 
 
 def prepare_mla_torch(
-    q: torch.Tensor,
-    kv_a: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    norm_weight: torch.Tensor,
-    latent_cache: torch.Tensor,
-    slot_ids: torch.Tensor,
-    eps: float,
-    is_neox: bool,
-    queries: torch.Tensor | None = None,
-    w_kc: torch.Tensor | None = None,
-) -> torch.Tensor:
+    q: Tensor, kv_a: Tensor, positions: Tensor, cos_sin_cache: Tensor, norm_weight: Tensor, latent_cache: Tensor,
+    slot_ids: Tensor, eps: float, is_neox: bool, queries: Tensor | None = None, w_kc: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Rotate the last P columns of q and of kv_a, norm the rest of kv_a, and write it as the tokens' cache rows.
 
     q [N, H, nope+P], kv_a [N, R+P], positions [N], cos_sin_cache [max, P], norm_weight [R], latent_cache [S, R+P],
@@ -51,25 +43,16 @@ def prepare_mla_torch(
     return out
 
 
-def absorb(q: torch.Tensor, w_kc: torch.Tensor, queries: torch.Tensor) -> None:
+def absorb(q: Tensor, w_kc: Tensor, queries: Tensor) -> None:
     """The first columns of q [N, H, >= nope] times w_kc [H, nope, R] into the first R of queries [N, H, >= R]."""
     _, nope, rank = w_kc.shape
     torch.bmm(q[..., :nope].transpose(0, 1), w_kc, out=queries[..., :rank].transpose(0, 1))
 
 
 def prepare_mla_triton(
-    q: torch.Tensor,
-    kv_a: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    norm_weight: torch.Tensor,
-    latent_cache: torch.Tensor,
-    slot_ids: torch.Tensor,
-    eps: float,
-    is_neox: bool,
-    queries: torch.Tensor | None = None,
-    w_kc: torch.Tensor | None = None,
-) -> torch.Tensor:
+    q: Tensor, kv_a: Tensor, positions: Tensor, cos_sin_cache: Tensor, norm_weight: Tensor, latent_cache: Tensor,
+    slot_ids: Tensor, eps: float, is_neox: bool, queries: Tensor | None = None, w_kc: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from sglang.kernels.ops.attention.prepare_triton import prepare_mla_kernel
 
     out = q if queries is None else queries
@@ -102,9 +85,9 @@ def prepare_mla_triton(
 
 
 def _accepts(
-    q: torch.Tensor, kv_a: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor,
-    norm_weight: torch.Tensor, latent_cache: torch.Tensor, slot_ids: torch.Tensor, eps: float, is_neox: bool,
-    queries: torch.Tensor | None = None, w_kc: torch.Tensor | None = None,
+    q: Tensor, kv_a: Tensor, positions: Tensor, cos_sin_cache: Tensor,
+    norm_weight: Tensor, latent_cache: Tensor, slot_ids: Tensor, eps: float, is_neox: bool,
+    queries: Tensor | None = None, w_kc: Tensor | None = None,
 ) -> bool:  # fmt: skip
     given = [tensor for tensor in (queries, w_kc) if tensor is not None]
     rows = (q, kv_a, latent_cache, cos_sin_cache, *given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.compress import GATHER_BYTES
@@ -17,16 +18,9 @@ MAX_SIDE = 128
 
 
 def select_entries_torch(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    keys: torch.Tensor,
-    page_table: torch.Tensor,
-    requests: torch.Tensor,
-    visible: torch.Tensor,
-    per_page: int,
-    top_k: int,
-    key_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
+    q: Tensor, weights: Tensor, keys: Tensor, page_table: Tensor, requests: Tensor, visible: Tensor, per_page: int,
+    top_k: int, key_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The ``top_k`` entries of the highest score that each row sees, all where it sees no more.
 
     The score of entry e is the sum over heads of ``weights * relu(q . key_e)``, in float32; of equal scores the lowest
@@ -58,16 +52,9 @@ def select_entries_torch(
 
 
 def select_entries_triton(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    keys: torch.Tensor,
-    page_table: torch.Tensor,
-    requests: torch.Tensor,
-    visible: torch.Tensor,
-    per_page: int,
-    top_k: int,
-    key_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
+    q: Tensor, weights: Tensor, keys: Tensor, page_table: Tensor, requests: Tensor, visible: Tensor, per_page: int,
+    top_k: int, key_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from sglang.kernels.ops.attention.select_entries_triton import pick_entries_kernel, score_entries_kernel
 
     num_rows, heads, dim = q.shape
@@ -101,16 +88,9 @@ def select_entries_triton(
 
 
 def _accepts(
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    keys: torch.Tensor,
-    page_table: torch.Tensor,
-    requests: torch.Tensor,
-    visible: torch.Tensor,
-    per_page: int,
-    top_k: int,
-    key_scales: torch.Tensor | None = None,
-) -> bool:
+    q: Tensor, weights: Tensor, keys: Tensor, page_table: Tensor, requests: Tensor, visible: Tensor, per_page: int,
+    top_k: int, key_scales: Tensor | None = None,
+) -> bool:  # fmt: skip
     dense = all(x.stride(-1) == 1 for x in (q, weights, page_table)) and max(q.shape[1:]) <= MAX_SIDE
     same_page = key_scales is None or (keys.shape[1] == per_page and key_scales.dtype == torch.float32)
     return dense and same_page and top_k > 0 and is_packed(keys, key_scales, q.dtype)

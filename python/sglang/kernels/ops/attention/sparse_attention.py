@@ -21,20 +21,10 @@ MAX_DIM = 512
 
 
 def sparse_attention_torch(
-    q: Tensor,
-    window: Tensor,
-    window_rows: Tensor,
-    sinks: Tensor,
-    scale: float,
-    window_scales: Tensor | None = None,
-    entries: Tensor | None = None,
-    entry_scales: Tensor | None = None,
-    chosen: Tensor | None = None,
-    page_table: Tensor | None = None,
-    requests: Tensor | None = None,
-    visible: Tensor | None = None,
-    per_page: int = 1,
-) -> Tensor:
+    q: Tensor, window: Tensor, window_rows: Tensor, sinks: Tensor, scale: float, window_scales: Tensor | None = None,
+    entries: Tensor | None = None, entry_scales: Tensor | None = None, chosen: Tensor | None = None,
+    page_table: Tensor | None = None, requests: Tensor | None = None, visible: Tensor | None = None, per_page: int = 1,
+) -> Tensor:  # fmt: skip
     """Softmax attention where a stored row is the key and the value of all heads.
 
     q [N, H, D]; window [S, D] with window_rows [N, W] int32, rows of it. entries [E, D], or None for all that follows:
@@ -90,22 +80,11 @@ def _gather(cache: Tensor, scales: Tensor | None, rows: Tensor, dim: int) -> Ten
 
 
 def sparse_attention_triton(
-    q: Tensor,
-    window: Tensor,
-    window_rows: Tensor,
-    sinks: Tensor,
-    scale: float,
-    window_scales: Tensor | None = None,
-    entries: Tensor | None = None,
-    entry_scales: Tensor | None = None,
-    chosen: Tensor | None = None,
-    page_table: Tensor | None = None,
-    requests: Tensor | None = None,
-    visible: Tensor | None = None,
-    per_page: int = 1,
-    tile: SparseTile | None = None,
-    splits: int | None = None,
-) -> Tensor:
+    q: Tensor, window: Tensor, window_rows: Tensor, sinks: Tensor, scale: float, window_scales: Tensor | None = None,
+    entries: Tensor | None = None, entry_scales: Tensor | None = None, chosen: Tensor | None = None,
+    page_table: Tensor | None = None, requests: Tensor | None = None, visible: Tensor | None = None, per_page: int = 1,
+    tile: SparseTile | None = None, splits: int | None = None,
+) -> Tensor:  # fmt: skip
     """``tile`` and ``splits`` are for tuning and for tests of their invariance; None takes the tables' choice."""
     from sglang.kernels.ops.attention.sparse_attention_triton import sparse_attention_kernel
 
@@ -159,20 +138,10 @@ def _layout(cache: Tensor | None, scales: Tensor | None) -> tuple[int, int, int]
 
 
 def _accepts(
-    q: Tensor,
-    window: Tensor,
-    window_rows: Tensor,
-    sinks: Tensor,
-    scale: float,
-    window_scales: Tensor | None = None,
-    entries: Tensor | None = None,
-    entry_scales: Tensor | None = None,
-    chosen: Tensor | None = None,
-    page_table: Tensor | None = None,
-    requests: Tensor | None = None,
-    visible: Tensor | None = None,
-    per_page: int = 1,
-) -> bool:
+    q: Tensor, window: Tensor, window_rows: Tensor, sinks: Tensor, scale: float, window_scales: Tensor | None = None,
+    entries: Tensor | None = None, entry_scales: Tensor | None = None, chosen: Tensor | None = None,
+    page_table: Tensor | None = None, requests: Tensor | None = None, visible: Tensor | None = None, per_page: int = 1,
+) -> bool:  # fmt: skip
     dim = q.shape[2]
     dense = all(rows.stride(1) == 1 for rows in (window_rows, chosen, page_table) if rows is not None)
     if not dense or q.stride(2) != 1 or dim > MAX_DIM or not _reads(window, window_scales, dim, q.dtype):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2
 from sglang.srt.platforms import current_platform
@@ -37,7 +38,7 @@ class RowShape:
     value_is_key: bool
 
     @classmethod
-    def of(cls, dim: int, value_dim: int, value_is_key: bool = False, k_tail: torch.Tensor | None = None) -> RowShape:
+    def of(cls, dim: int, value_dim: int, value_is_key: bool = False, k_tail: Tensor | None = None) -> RowShape:
         """Key rows of ``dim`` columns, those of ``k_tail`` [., P] included where the last ones are apart."""
         if value_is_key:
             return cls(value_dim, dim - value_dim, value_dim, True)
@@ -47,7 +48,7 @@ class RowShape:
         return cls(main, dim - main, value_dim, False)
 
     @classmethod
-    def of_caches(cls, q: torch.Tensor, v_cache: torch.Tensor | None, rank: int) -> RowShape:
+    def of_caches(cls, q: Tensor, v_cache: Tensor | None, rank: int) -> RowShape:
         """Key rows that q [., D] reads, with values [., Dv], or without, which are ``rank`` columns of them then."""
         return cls.of(q.shape[-1], rank if v_cache is None else v_cache.shape[-1], v_cache is None)
 

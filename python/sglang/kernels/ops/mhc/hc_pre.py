@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,20 +64,6 @@ def _accepts(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float, iterations: int
 ) -> bool:
     return iterations > 0 and fits_way_in(x, fn, base, scale)
-
-
-def parameters(n: int, width: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """fn and base of ``rows`` coefficients over ``n`` streams of ``width``, for cases."""
-    fn = torch.randn(rows, n * width, generator=generator) / (n * width) ** 0.5
-    return fn, torch.randn(rows, generator=generator)
-
-
-def streams(generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    """Streams of some sizes, zeros and large numbers among them, for cases."""
-    for rows, n, width in ((1, 4, 8), (7, 4, 12), (0, 4, 8), (5, 2, 6), (33, 4, 64), (3, 4, 320), (0, 4, 64)):
-        yield f"{rows}x{n}x{width}", torch.randn(rows, n, width, generator=generator)
-    yield "zeros", torch.zeros(2, 4, 8)
-    yield "huge", torch.randn(2, 4, 64, generator=generator).abs() * 1e8
 
 
 hc_pre = Op("mhc.hc_pre", triton_impl(hc_pre_triton, _accepts), Impl("torch", hc_pre_torch))

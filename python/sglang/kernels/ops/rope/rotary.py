@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.spec import Impl, Op
 
 
 def rotary_torch(
-    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    positions: Tensor, q: Tensor, k: Tensor, cos_sin_cache: Tensor, is_neox: bool
+) -> tuple[Tensor, Tensor]:
     """Rotate the first R dimensions of each head by its position's angles; the other dimensions pass unchanged.
 
     positions [N] int64 in [0, P), q [N, Hq, D], k [N, Hk, D], cos_sin_cache [P, R] float32 (R/2 cosines, then R/2
@@ -35,8 +36,8 @@ def rotary_torch(
 
 
 def rotary_triton(
-    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    positions: Tensor, q: Tensor, k: Tensor, cos_sin_cache: Tensor, is_neox: bool
+) -> tuple[Tensor, Tensor]:
     from sglang.kernels.ops.rope.rotary_triton import rotary_kernel
 
     tokens, q_heads, dim = q.shape
@@ -57,9 +58,7 @@ def rotary_triton(
     return q_out, k_out
 
 
-def _accepts(
-    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool
-) -> bool:
+def _accepts(positions: Tensor, q: Tensor, k: Tensor, cos_sin_cache: Tensor, is_neox: bool) -> bool:
     dense = q.stride(-1) == k.stride(-1) == cos_sin_cache.stride(-1) == 1 and positions.is_contiguous()
     same = q.dtype == k.dtype and q.shape[-1] == k.shape[-1]
     return dense and same and q.dtype in FLOATS and cos_sin_cache.dtype in FLOATS

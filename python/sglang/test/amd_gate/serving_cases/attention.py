@@ -13,7 +13,6 @@ from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.extend_ragged import extend_ragged
 from sglang.kernels.ops.attention.kv_cache import gather_slots, write_kv
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
-from sglang.kernels.ops.attention.packed_rows import make_pages
 from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
@@ -23,6 +22,7 @@ from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Op
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.serving_cases.tensors import bfloat16s
+from sglang.test.cache_pools import make_pages
 from sglang.test.op_cases import Case
 from sglang.test.op_cases.attention import expanded_views
 
