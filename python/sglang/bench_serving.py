@@ -31,13 +31,7 @@ from sglang.bench_utils.clients import (
     make_client,
     send_request,
 )
-from sglang.bench_utils.datasets import (
-    DatasetError,
-    DatasetRow,
-    add_dataset_arguments,
-    get_dataset,
-    length_settings,
-)
+from sglang.bench_utils.datasets import DatasetError, DatasetRow, add_dataset_arguments, get_dataset, length_settings
 from sglang.bench_utils.metrics import (
     RequestOutput,
     RunInfo,

@@ -56,9 +56,7 @@ class StaticBatch:
         self._device_rows = torch.tensor(self.rows, dtype=torch.int64).to(runner.device)
         greedy = SamplingParams(temperature=0.0)
         self._info = SamplingBatchInfo.from_rows(
-            [SamplingRow(greedy, 0, (), ()) for _ in range(batch_size)],
-            runner.model_config.vocab_size,
-            runner.device,
+            [SamplingRow(greedy, 0, (), ()) for _ in range(batch_size)], runner.model_config.vocab_size, runner.device
         )
 
     def extend(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[torch.Tensor, LogitsProcessorOutput]:

@@ -25,12 +25,7 @@ from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.runner_build import make_runner
 from sglang.srt.platforms import current_platform
-from sglang.srt.server_args import (
-    ServerArgs,
-    ServerArgsError,
-    exit_with_errors,
-    set_global_server_args_for_scheduler,
-)
+from sglang.srt.server_args import ServerArgs, ServerArgsError, exit_with_errors, set_global_server_args_for_scheduler
 from sglang.srt.speculative.draft_utils import make_speculator
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.srt.utils.logging_config import configure_logging

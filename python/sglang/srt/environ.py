@@ -290,15 +290,10 @@ class _Tests(EnvSection, title="Testing & Debugging (Internal/CI)"):
         "on a CPU. Not set: they say that nothing was run.",
     )
     SGLANG_TEST_RETRACT = EnvBool(
-        False,
-        doc="Retract running requests at intervals, as if memory had run out; tokens stay the same.",
+        False, doc="Retract running requests at intervals, as if memory had run out; tokens stay the same."
     )
     SGLANG_TEST_RETRACT_INTERVAL = EnvInt(
-        3,
-        minimum=1,
-        unit="steps",
-        doc="Scheduler steps between retractions.",
-        requires="`SGLANG_TEST_RETRACT`",
+        3, minimum=1, unit="steps", doc="Scheduler steps between retractions.", requires="`SGLANG_TEST_RETRACT`"
     )
     SGLANG_DEBUG_STREAM_OVERLAP = EnvBool(
         False,

@@ -232,10 +232,7 @@ def _read_experts(reader: ConfigReader) -> dict[str, Any]:
 
 
 def _check_shapes(config: Qwen3_5Config, reader: ConfigReader) -> None:
-    pairs = (
-        ("num_attention_heads", "num_key_value_heads"),
-        ("linear_num_value_heads", "linear_num_key_heads"),
-    )
+    pairs = (("num_attention_heads", "num_key_value_heads"), ("linear_num_value_heads", "linear_num_key_heads"))
     for many, few in pairs:
         if getattr(config, many) % getattr(config, few):
             reader.problem(f"{many} {getattr(config, many)} is not a multiple of {few} {getattr(config, few)}")

@@ -44,11 +44,7 @@ class _ShardedLinear(nn.Module):
             self.bias = make_parameter(self._shards.rows, loader=self._load_bias, full_shapes=shapes, fill=(0.0, 0.0))
 
     def weight_loader(
-        self,
-        param: nn.Parameter,
-        loaded: torch.Tensor,
-        shard_id: ShardId = None,
-        scale: torch.Tensor | None = None,
+        self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None, scale: torch.Tensor | None = None
     ) -> None:
         """Load this rank's part of checkpoint matrix ``shard_id``; a tuple means several stacked on dim 0."""
         self.quant_method.load_weight(Place(self, "weight", self._shards), shard_id, loaded, scale)

@@ -30,12 +30,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.managers.schedule_policy import (
-    NewTokenRatio,
-    PrefillPlanner,
-    order_waiting,
-    retraction_order,
-)
+from sglang.srt.managers.schedule_policy import NewTokenRatio, PrefillPlanner, order_waiting, retraction_order
 from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
 from sglang.srt.managers.step_result import (
     StopChecker,

@@ -8,12 +8,7 @@ from typing import Protocol
 import msgspec
 
 from sglang.srt.distributed.parallel_state import ProcessGroupHandle
-from sglang.srt.managers.io_struct import (
-    BatchTokenIDOutput,
-    SchedulerMessage,
-    TokenizerMessage,
-    WakeReq,
-)
+from sglang.srt.managers.io_struct import BatchTokenIDOutput, SchedulerMessage, TokenizerMessage, WakeReq
 from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Receiver, Sender
 
 

@@ -71,13 +71,7 @@ class TokenizerManager:
     on, and every request in flight, ends with it.
     """
 
-    def __init__(
-        self,
-        server_args: ServerArgs,
-        model_config: ModelConfig,
-        tokenizer: Tokenizer | None,
-        ipc: IpcNames,
-    ):
+    def __init__(self, server_args: ServerArgs, model_config: ModelConfig, tokenizer: Tokenizer | None, ipc: IpcNames):
         self.server_args = server_args
         self.tokenizer = tokenizer
         self.context_len = model_config.context_len
@@ -388,11 +382,7 @@ class TokenizerManager:
         return tokenized, is_list or places > len(singles)
 
     async def _tokenize(
-        self,
-        singles: list[SingleRequest],
-        all_params: list[SamplingParams],
-        obj: GenerateReqInput,
-        group: RequestGroup,
+        self, singles: list[SingleRequest], all_params: list[SamplingParams], obj: GenerateReqInput, group: RequestGroup
     ) -> list[TokenizedGenerateReqInput]:
         """The messages of all sequences, with a state in ``group`` for each."""
         tokenized: list[TokenizedGenerateReqInput] = []

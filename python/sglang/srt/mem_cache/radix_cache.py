@@ -11,14 +11,7 @@ import torch
 
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
-from sglang.srt.mem_cache.tree_node import (
-    ChildKey,
-    HeapKey,
-    InsertResult,
-    MatchResult,
-    RadixIntegrityError,
-    TreeNode,
-)
+from sglang.srt.mem_cache.tree_node import ChildKey, HeapKey, InsertResult, MatchResult, RadixIntegrityError, TreeNode
 
 EVICTION_POLICIES = ("lru",)
 

@@ -13,9 +13,7 @@ from sglang.srt.mem_cache.tree_node import RadixIntegrityError, TreeNode
 
 
 def check_integrity(
-    cache: RadixCache,
-    held: torch.Tensor | int | None = None,
-    held_units: Mapping[str, Sequence[Any]] | None = None,
+    cache: RadixCache, held: torch.Tensor | int | None = None, held_units: Mapping[str, Sequence[Any]] | None = None
 ) -> None:
     """Recount the whole tree and raise RadixIntegrityError at the first thing that is wrong.
 

@@ -20,12 +20,7 @@ from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig
 from sglang.srt.layers.moe.token_dispatcher.capacity import plan_rounds, rows_of_ranks
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
-from sglang.srt.layers.moe.token_dispatcher.mori_memory import (
-    ExchangeBuffer,
-    HeapPlan,
-    exchange_buffers,
-    plan_heap,
-)
+from sglang.srt.layers.moe.token_dispatcher.mori_memory import ExchangeBuffer, HeapPlan, exchange_buffers, plan_heap
 from sglang.srt.layers.moe.token_dispatcher.mori_plan import (
     INTRA_NODE,
     MORI_KERNELS,

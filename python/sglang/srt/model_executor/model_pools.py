@@ -123,11 +123,7 @@ def slots_for_drafts(args: ServerArgs) -> int:
 
 
 def make_rank_memory(
-    args: ServerArgs,
-    configs: Sequence[ModelConfig],
-    sizes: PoolPlan,
-    pools: Sequence[ModelPools],
-    device: torch.device,
+    args: ServerArgs, configs: Sequence[ModelConfig], sizes: PoolPlan, pools: Sequence[ModelPools], device: torch.device
 ) -> RankMemory:
     """The request table of the models of ``configs``, and the allocators of the other units of ``pools``, of
     ``sizes``."""

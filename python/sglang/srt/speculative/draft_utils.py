@@ -8,11 +8,7 @@ from sglang.srt.configs.attention_backends import COMPRESSED, attention_backends
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.layers.attention import load_attention_backends
-from sglang.srt.layers.attention.base_attn_backend import (
-    AttentionBackend,
-    AttentionContext,
-    create_attention_backend,
-)
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext, create_attention_backend
 from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
     DeepseekV4HipRadixBackend,
     DeepseekV4MultiStepBackend,

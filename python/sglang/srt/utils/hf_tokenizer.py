@@ -62,11 +62,7 @@ class Tokenizer:
     """Text to ids and back, and the chat template; ``eos_token_ids``: every token that its files call an end."""
 
     def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        folder: Path,
-        chat_template: str | None = None,
-        with_template: bool = True,
+        self, backend: tokenizers.Tokenizer, folder: Path, chat_template: str | None = None, with_template: bool = True
     ):
         self._backend = backend
         self._backend.no_truncation()

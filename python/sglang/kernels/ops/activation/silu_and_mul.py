@@ -75,9 +75,7 @@ def _accepts_quantized(x: Tensor, dtype: torch.dtype, limit: float | None = None
 
 
 silu_and_mul = Op(
-    "activation.silu_and_mul",
-    triton_impl(silu_and_mul_triton, _accepts),
-    Impl("torch", silu_and_mul_torch),
+    "activation.silu_and_mul", triton_impl(silu_and_mul_triton, _accepts), Impl("torch", silu_and_mul_torch)
 )
 silu_and_mul_quantized = Op(
     "activation.silu_and_mul_quantized",

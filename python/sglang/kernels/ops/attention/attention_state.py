@@ -93,12 +93,8 @@ def _accepts_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -
 
 
 extend_state = Op(
-    "attention_state.extend",
-    triton_impl(extend_state_triton, _accepts_extend),
-    Impl("torch", extend_state_torch),
+    "attention_state.extend", triton_impl(extend_state_triton, _accepts_extend), Impl("torch", extend_state_torch)
 )
 merge_states = Op(
-    "attention_state.merge",
-    triton_impl(merge_states_triton, _accepts_merge),
-    Impl("torch", merge_states_torch),
+    "attention_state.merge", triton_impl(merge_states_triton, _accepts_merge), Impl("torch", merge_states_torch)
 )

@@ -8,11 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.attention.decode_padded import (
-    decode_padded_torch,
-    last_lengths,
-    queries_per_request,
-)
+from sglang.kernels.ops.attention.decode_padded import decode_padded_torch, last_lengths, queries_per_request
 from sglang.kernels.ops.attention.launchers import caches_fit, launch_decode
 from sglang.kernels.ops.attention.tiles import MANY_HEADS, RowShape
 from sglang.kernels.spec import Impl, Op

@@ -47,7 +47,5 @@ def _accepts(
 
 
 extend_attention = Op(
-    "attention.extend_attention",
-    triton_impl(extend_attention_triton, _accepts),
-    Impl("torch", extend_attention_torch),
+    "attention.extend_attention", triton_impl(extend_attention_triton, _accepts), Impl("torch", extend_attention_torch)
 )

@@ -106,7 +106,5 @@ def _accepts(
 
 
 extend_ragged = Op(
-    "attention.extend_ragged",
-    triton_impl(extend_ragged_triton, _accepts),
-    Impl("torch", extend_ragged_torch),
+    "attention.extend_ragged", triton_impl(extend_ragged_triton, _accepts), Impl("torch", extend_ragged_torch)
 )

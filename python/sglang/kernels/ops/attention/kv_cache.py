@@ -110,13 +110,7 @@ def _accepts_table(req_to_token: Tensor, *rest: object) -> bool:
     return req_to_token.stride(1) == 1
 
 
-write_kv = Op(
-    "kv_cache.write_kv",
-    triton_impl(write_kv_triton, _accepts_kv),
-    Impl("torch", write_kv_torch),
-)
+write_kv = Op("kv_cache.write_kv", triton_impl(write_kv_triton, _accepts_kv), Impl("torch", write_kv_torch))
 gather_slots = Op(
-    "kv_cache.gather_slots",
-    triton_impl(gather_slots_triton, _accepts_table),
-    Impl("torch", gather_slots_torch),
+    "kv_cache.gather_slots", triton_impl(gather_slots_triton, _accepts_table), Impl("torch", gather_slots_torch)
 )

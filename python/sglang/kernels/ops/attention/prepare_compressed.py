@@ -61,7 +61,5 @@ def _accepts(
 
 
 prepare_compressed = Op(
-    "compressed.prepare",
-    triton_impl(prepare_compressed_triton, _accepts),
-    Impl("torch", prepare_compressed_torch),
+    "compressed.prepare", triton_impl(prepare_compressed_triton, _accepts), Impl("torch", prepare_compressed_torch)
 )

@@ -68,8 +68,4 @@ def _accepts(
     return dense and packed and flat and same and fits and is_cache_dtype(k_cache.dtype, q.dtype)
 
 
-prepare_gqa = Op(
-    "prepare.gqa",
-    triton_impl(prepare_gqa_triton, _accepts),
-    Impl("torch", prepare_gqa_torch),
-)
+prepare_gqa = Op("prepare.gqa", triton_impl(prepare_gqa_triton, _accepts), Impl("torch", prepare_gqa_torch))

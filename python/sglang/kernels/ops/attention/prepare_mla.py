@@ -97,8 +97,4 @@ def _accepts(
     return dense and flat and same and q.dtype in FLOATS and is_cache_dtype(latent_cache.dtype, q.dtype)
 
 
-prepare_mla = Op(
-    "prepare.mla",
-    triton_impl(prepare_mla_triton, _accepts),
-    Impl("torch", prepare_mla_torch),
-)
+prepare_mla = Op("prepare.mla", triton_impl(prepare_mla_triton, _accepts), Impl("torch", prepare_mla_torch))

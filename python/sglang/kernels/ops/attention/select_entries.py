@@ -97,7 +97,5 @@ def _accepts(
 
 
 select_entries = Op(
-    "compressed.select_entries",
-    triton_impl(select_entries_triton, _accepts),
-    Impl("torch", select_entries_torch),
+    "compressed.select_entries", triton_impl(select_entries_triton, _accepts), Impl("torch", select_entries_torch)
 )

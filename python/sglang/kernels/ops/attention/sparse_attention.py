@@ -157,7 +157,5 @@ def _reads(cache: Tensor, scales: Tensor | None, dim: int, dtype: torch.dtype) -
 
 
 sparse_attention = Op(
-    "compressed.sparse_attention",
-    triton_impl(sparse_attention_triton, _accepts),
-    Impl("torch", sparse_attention_torch),
+    "compressed.sparse_attention", triton_impl(sparse_attention_triton, _accepts), Impl("torch", sparse_attention_torch)
 )

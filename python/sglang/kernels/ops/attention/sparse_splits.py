@@ -65,7 +65,7 @@ FEW_HEADS, MANY_HEADS = (0, 64), (65, MOST)
 # Shapes that one program per row and block of heads serves best, by architecture. gfx950: as upstream measured them on
 # an MI355X (sglang PR 26383); not measured here.
 NO_SPLIT: dict[str, tuple[Range, ...]] = {
-    "gfx950": (Range(q=(1024, MOST)), Range(q=(256, MOST), heads=MANY_HEADS, k=(200, MOST))),
+    "gfx950": (Range(q=(1024, MOST)), Range(q=(256, MOST), heads=MANY_HEADS, k=(200, MOST)))
 }
 # Shapes whose rows are dealt to several programs; looked at after the table above.
 SPLIT: dict[str, tuple[Range, ...]] = {
@@ -76,7 +76,7 @@ SPLIT: dict[str, tuple[Range, ...]] = {
         Range(q=(0, 128), heads=FEW_HEADS, k=(1024, MOST)),
         Range(q=(0, 128), heads=MANY_HEADS, k=(0, 399)),
         Range(q=(0, 32), heads=MANY_HEADS, k=(400, MOST)),
-    ),
+    )
 }
 # To how many, the first that holds; 1 where none does.
 SPLITS: dict[str, tuple[tuple[Range, int], ...]] = {
@@ -90,7 +90,7 @@ SPLITS: dict[str, tuple[tuple[Range, int], ...]] = {
         (Range(q=(65, MOST), k=(2048, MOST)), 2),
         (Range(q=(9, MOST), heads=MANY_HEADS, k=(512, MOST)), 4),
         (Range(q=(9, MOST), heads=MANY_HEADS, k=(256, MOST)), 2),
-    ),
+    )
 }
 # Most programs that share the rows of one query, and the fewest blocks of rows that each has, by architecture prefix.
 MAX_SPLITS, MIN_BLOCKS = 16, {"": 2, "sm_90": 1}
@@ -128,7 +128,7 @@ PASSES: dict[str, tuple[tuple[Range, Passes], ...]] = {
         (replace(_ALL_HEADS, k=(0, 192)), Passes(_FEW, Pass(64, 64, 256, num_warps=4, num_stages=6))),
         (_SOME_HEADS, Passes(_LOGITS, Pass(64, 64, 256, num_warps=4, num_stages=5))),
         (_ALL_HEADS, Passes(_LOGITS, Pass(64, 32, 256, num_warps=4, num_stages=5))),
-    ),
+    )
 }
 # Architectures whose smallest tile serves a step better while its programs all run at once.
 SPREADS_HEADS = ("sm_90",)

@@ -69,7 +69,5 @@ def gdn_decode_step_triton(
 
 
 gdn_decode_step = Op(
-    "gdn.decode_step",
-    triton_impl(gdn_decode_step_triton, step_fits_triton),
-    Impl("torch", gdn_decode_step_torch),
+    "gdn.decode_step", triton_impl(gdn_decode_step_triton, step_fits_triton), Impl("torch", gdn_decode_step_torch)
 )

@@ -116,7 +116,5 @@ def gdn_extend_step_triton(
 
 
 gdn_extend_step = Op(
-    "gdn.extend_step",
-    triton_impl(gdn_extend_step_triton, step_fits_triton),
-    Impl("torch", gdn_extend_step_torch),
+    "gdn.extend_step", triton_impl(gdn_extend_step_triton, step_fits_triton), Impl("torch", gdn_extend_step_torch)
 )

@@ -148,7 +148,5 @@ def gdn_verify_step_triton(
 
 
 gdn_verify_step = Op(
-    "gdn.verify_step",
-    triton_impl(gdn_verify_step_triton, step_fits_triton),
-    Impl("torch", gdn_verify_step_torch),
+    "gdn.verify_step", triton_impl(gdn_verify_step_triton, step_fits_triton), Impl("torch", gdn_verify_step_torch)
 )

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.mhc.hc_pre import (
-    normed_product,
-    weighted_streams,
-)
+from sglang.kernels.ops.mhc.hc_pre import normed_product, weighted_streams
 from sglang.kernels.ops.mhc.launchers import fits_way_in, join_streams, make_parts, mix_streams
 from sglang.kernels.spec import Impl, Op
 

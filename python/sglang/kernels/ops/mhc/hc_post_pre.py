@@ -53,8 +53,5 @@ def _accepts(
 
 
 hc_post_pre = Op(
-    "mhc.hc_post_pre",
-    *aiter_impls(),
-    triton_impl(hc_post_pre_triton, _accepts),
-    Impl("torch", hc_post_pre_torch),
+    "mhc.hc_post_pre", *aiter_impls(), triton_impl(hc_post_pre_triton, _accepts), Impl("torch", hc_post_pre_torch)
 )

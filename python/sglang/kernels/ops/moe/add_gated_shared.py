@@ -43,7 +43,5 @@ def _accepts(routed: Tensor, shared: Tensor, x: Tensor, gate_weight: Tensor) -> 
 
 
 add_gated_shared = Op(
-    "moe.add_gated_shared",
-    triton_impl(add_gated_shared_triton, _accepts),
-    Impl("torch", add_gated_shared_torch),
+    "moe.add_gated_shared", triton_impl(add_gated_shared_triton, _accepts), Impl("torch", add_gated_shared_torch)
 )

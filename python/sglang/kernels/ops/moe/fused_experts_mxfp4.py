@@ -11,12 +11,7 @@ from torch import Tensor
 
 from sglang.kernels.launch import cdiv, imports_gluon, next_power_of_2, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
-from sglang.kernels.ops.moe.fused_experts import (
-    PairOrder,
-    order_pairs,
-    routing_fits,
-    weighted_sum,
-)
+from sglang.kernels.ops.moe.fused_experts import PairOrder, order_pairs, routing_fits, weighted_sum
 from sglang.kernels.ops.moe.fused_experts_aiter import (
     MXFP4_SINCE,
     fits_fused_mxfp4,

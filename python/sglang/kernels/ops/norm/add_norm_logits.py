@@ -70,7 +70,5 @@ def _accepts(
 
 
 add_norm_logits = Op(
-    "norm.add_norm_logits",
-    triton_impl(add_norm_logits_triton, _accepts),
-    Impl("torch", add_norm_logits_torch),
+    "norm.add_norm_logits", triton_impl(add_norm_logits_triton, _accepts), Impl("torch", add_norm_logits_torch)
 )

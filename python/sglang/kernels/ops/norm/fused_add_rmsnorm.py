@@ -30,7 +30,5 @@ def _accepts(x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offse
 
 
 fused_add_rms_norm = Op(
-    "norm.fused_add_rms_norm",
-    triton_impl(fused_add_rms_norm_triton, _accepts),
-    Impl("torch", fused_add_rms_norm_torch),
+    "norm.fused_add_rms_norm", triton_impl(fused_add_rms_norm_triton, _accepts), Impl("torch", fused_add_rms_norm_torch)
 )

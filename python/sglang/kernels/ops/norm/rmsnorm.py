@@ -93,7 +93,5 @@ def _accepts_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> bool:
 
 rms_norm = Op("norm.rms_norm", triton_impl(rms_norm_triton, _accepts_plain), Impl("torch", rms_norm_torch))
 gated_rms_norm = Op(
-    "norm.gated_rms_norm",
-    triton_impl(gated_rms_norm_triton, _accepts_gated),
-    Impl("torch", gated_rms_norm_torch),
+    "norm.gated_rms_norm", triton_impl(gated_rms_norm_triton, _accepts_gated), Impl("torch", gated_rms_norm_torch)
 )

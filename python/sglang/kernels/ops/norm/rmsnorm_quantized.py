@@ -43,7 +43,5 @@ def _accepts(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dty
 
 
 rms_norm_quantized = Op(
-    "norm.rms_norm_quantized",
-    triton_impl(rms_norm_quantized_triton, _accepts),
-    Impl("torch", rms_norm_quantized_torch),
+    "norm.rms_norm_quantized", triton_impl(rms_norm_quantized_triton, _accepts), Impl("torch", rms_norm_quantized_torch)
 )

@@ -38,8 +38,4 @@ def _accepts(chosen: Tensor, faults: Tensor, vocab_size: int) -> bool:
     return chosen.is_contiguous() and faults.is_contiguous()
 
 
-check_ids = Op(
-    "sampling.check_ids",
-    triton_impl(check_ids_triton, _accepts),
-    Impl("torch", check_ids_torch),
-)
+check_ids = Op("sampling.check_ids", triton_impl(check_ids_triton, _accepts), Impl("torch", check_ids_torch))

@@ -74,11 +74,7 @@ class SharedExpertView(nn.Module):
         return slots if "w2" in self._shards.values() and len(slots) > 1 else slots.flatten(0, 1)
 
     def weight_loader(
-        self,
-        param: nn.Parameter,
-        loaded: torch.Tensor,
-        shard_id: ShardId = None,
-        scale: torch.Tensor | None = None,
+        self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None, scale: torch.Tensor | None = None
     ) -> None:
         """Load checkpoint matrix ``shard_id``, cut into one part per fused shared expert."""
         (experts,), name = self._experts, self._shards[shard_id]

@@ -13,14 +13,7 @@ from sglang.kernels.ops.moe.fused_experts import fused_experts, shuffle_experts
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
 from sglang.srt.configs.quantization import WeightFormat
 from sglang.srt.layers.quantization.stored import leaves_of, scaled_back
-from sglang.srt.layers.weights import (
-    PLAIN,
-    Leaf,
-    ShardedMatrix,
-    ShardId,
-    WeightLoader,
-    make_parameter,
-)
+from sglang.srt.layers.weights import PLAIN, Leaf, ShardedMatrix, ShardId, WeightLoader, make_parameter
 
 # What a layer may hand to the next: rows, or rows quantised for it.
 Rows: TypeAlias = torch.Tensor | QuantizedRows

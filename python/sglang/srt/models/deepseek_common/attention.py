@@ -15,12 +15,7 @@ from sglang.srt.layers.attention.base_attn_backend import backend_of
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan
 from sglang.srt.layers.attention.pool_backend import MlaBackend
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.linear import (
-    ColumnParallelLinear,
-    MergedReplicatedLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+from sglang.srt.layers.linear import ColumnParallelLinear, MergedReplicatedLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.quantization import ProjectedRows, Rows, plain_rows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding

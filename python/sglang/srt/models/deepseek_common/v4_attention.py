@@ -11,11 +11,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import CompressedBackend, backend_of
 from sglang.srt.layers.layernorm import Float32RMSNorm
-from sglang.srt.layers.linear import (
-    ColumnParallelLinear,
-    MergedReplicatedLinear,
-    RowParallelLinear,
-)
+from sglang.srt.layers.linear import ColumnParallelLinear, MergedReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import make_split_vector
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch

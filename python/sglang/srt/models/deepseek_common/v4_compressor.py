@@ -24,13 +24,7 @@ class DeepseekV4Compressor(nn.Module):
     """
 
     def __init__(
-        self,
-        config: DeepseekV4Config,
-        layer_id: int,
-        ratio: int,
-        head_dim: int,
-        pool: str,
-        rotary_emb: RotaryEmbedding,
+        self, config: DeepseekV4Config, layer_id: int, ratio: int, head_dim: int, pool: str, rotary_emb: RotaryEmbedding
     ) -> None:
         super().__init__()
         self.layer_id, self.ratio, self.head_dim, self.pool = layer_id, ratio, head_dim, pool
