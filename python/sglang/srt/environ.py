@@ -1,14 +1,13 @@
 """Every environment variable of the engine: its type, default, bounds and meaning, declared once.
 
 Read one with `envs.SGLANG_X.get()`; nothing else in the tree reads a SGLANG_ variable. `check_environment` is the
-launch check, and `python -m sglang.srt.environ --list | --check` shows or checks them.
+launch check.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sglang.srt.environ_fields import EnvBool, EnvError, EnvField, EnvInt, EnvSection, EnvStr
@@ -347,14 +346,3 @@ def check_environment(environ: Mapping[str, str] | None = None, platform_kind: s
     from sglang.srt.environ_check import check
 
     return check(os.environ if environ is None else environ, _FIELDS, platform_kind)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 2 if --check finds an error, else 0."""
-    from sglang.srt import environ_cli
-
-    return environ_cli.main(argv, _FIELDS)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The registry of environment variables: reading, bounds, overrides, the command line, the page."""
+"""The registry of environment variables: reading, bounds, overrides, the page."""
 
 import contextlib
 import os
@@ -248,32 +248,7 @@ class TestRegistry(EnvironTestCase):
             get_int_env_var("SGLANG_USE_AITER")
 
 
-class TestCommandLine(EnvironTestCase):
-    def run_cli(self, *args, **environ):
-        return subprocess.run(
-            [sys.executable, "-m", "sglang.srt.environ", *args],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "python"), **environ},
-            capture_output=True,
-            text=True,
-        )
-
-    def test_check(self):
-        refused = self.run_cli("--check", SGLANG_USE_AITR="1", SGLANG_HEALTH_CHECK_TIMEOUT="0")
-        self.assertEqual(refused.returncode, 2)
-        self.assertIn("did you mean SGLANG_USE_AITER?", refused.stderr)
-        self.assertIn("SGLANG_HEALTH_CHECK_TIMEOUT='0'", refused.stderr)
-        self.assertNotIn("Traceback", refused.stderr)
-        accepted = self.run_cli("--check", "--platform", "cpu", SGLANG_USE_AITER="1", SGLANG_INT4_WEIGHT="0")
-        self.assertEqual((accepted.returncode, accepted.stderr), (0, ""))
-        self.assertIn("SGLANG_USE_AITER", accepted.stdout)
-        self.assertIn("no effect on cpu", accepted.stdout)
-
-    def test_list_and_no_action(self):
-        listed = self.run_cli("--list", SGLANG_TORCH_INDEX_URL="https://user:pass@index").stdout
-        self.assertEqual([line.split()[0] for line in listed.splitlines()], list(declared_variables()))
-        self.assertNotIn("user:pass", listed)
-        self.assertEqual(self.run_cli().returncode, 2)
-
+class TestImport(EnvironTestCase):
     def test_import_is_light(self):
         """It loads only modules of the standard library, and few: not json, argparse or subprocess."""
         code = (
