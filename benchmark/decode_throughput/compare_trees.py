@@ -132,8 +132,8 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="Folder for the model. Default: a temporary folder.")
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
-    from sglang.bench_utils.metrics import describe_machine
     from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
+    from sglang.test.device_time import describe_machine
     from sglang.test.paired import rounds_within
     from sglang.test.tree_process import TreeProcess
 

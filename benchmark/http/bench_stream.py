@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from sglang.bench_utils.metrics import describe_machine
+from sglang.test.device_time import describe_machine
 from sglang.test.fake_server import FakeServer
 
 

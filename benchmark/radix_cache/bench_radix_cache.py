@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sglang.bench_utils.metrics import describe_machine
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.radix_integrity import check_integrity
+from sglang.test.device_time import describe_machine
 
 
 @dataclass(frozen=True)

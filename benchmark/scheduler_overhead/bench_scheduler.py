@@ -26,8 +26,8 @@ import psutil
 
 from sglang.bench_utils.clients import Target, make_client, send_request
 from sglang.bench_utils.datasets import DatasetRow
-from sglang.bench_utils.metrics import describe_machine
 from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
+from sglang.test.device_time import describe_machine
 from sglang.test.process_tree import kill_process_tree
 from sglang.test.test_utils import free_url, popen_launch_server
 

@@ -12,7 +12,7 @@ import argparse
 import statistics
 import time
 
-from sglang.bench_utils.metrics import describe_machine
+from sglang.test.device_time import describe_machine
 from sglang.test.process_tree import kill_process_tree
 from sglang.test.test_utils import free_url, popen_launch_server
 

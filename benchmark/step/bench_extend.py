@@ -21,13 +21,14 @@ import torch
 
 from sglang.bench_utils.one_batch import StaticBatch
 from sglang.bench_utils.one_batch_cli import load
-from sglang.bench_utils.timing import launches, timed
+from sglang.bench_utils.timing import timed
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.model_executor.extend_graphs import ExtendGraphs
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs, exit_with_errors
 from sglang.srt.utils.logging_config import configure_logging
+from sglang.test.device_time import launches
 
 Result = TypeVar("Result")
 

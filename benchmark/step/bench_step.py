@@ -21,7 +21,7 @@ import torch
 
 from sglang.bench_utils.one_batch import StaticBatch
 from sglang.bench_utils.one_batch_cli import load
-from sglang.bench_utils.timing import launches, timed
+from sglang.bench_utils.timing import timed
 from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.topk import TopKOutput
@@ -31,6 +31,7 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs, exit_with_errors
 from sglang.srt.utils.logging_config import configure_logging
+from sglang.test.device_time import launches
 
 
 def expert_bytes(module: FusedMoE) -> int:

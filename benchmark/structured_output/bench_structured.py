@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sglang.bench_utils.metrics import describe_machine
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.constrained.llguidance_backend import GuidanceBackend, grammar_of
 from sglang.srt.managers.grammar_manager import GrammarManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.bench_checkpoint import make_checkpoint
+from sglang.test.device_time import describe_machine
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.paired import paired_ratio, rounds_within
 

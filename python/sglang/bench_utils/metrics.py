@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import numpy as np
-
-from sglang.version import __version__
 
 BLOCK_WIDTH = 50
 LABEL_WIDTH = 40
@@ -208,14 +203,6 @@ def result_block(info: RunInfo, metrics: BenchmarkMetrics) -> str:
             lines.append(block_row(f"{name} {short} (ms):", getattr(values, figure)))
     lines.append("=" * BLOCK_WIDTH)
     return "\n".join(lines)
-
-
-def describe_machine() -> str:
-    """One line on the CPU and the versions that a figure was taken with."""
-    return (
-        f"device: cpu, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; sglang-amd {__version__}, python "
-        f"{platform.python_version()}, torch {metadata.version('torch')}, numpy {np.__version__}"
-    )
 
 
 def block_row(label: str, value: Any) -> str:

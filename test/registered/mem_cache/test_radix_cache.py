@@ -86,8 +86,6 @@ class TestMatchAndInsert(CacheCase):
             cache.insert([1, 2, 3, 4], torch.tensor([4, 5, 6]))
         with self.assertRaisesRegex(ValueError, "whole pages of 4"):
             cache.insert([1, 2, 3, 4], torch.tensor([5, 6, 7, 8]))
-        with self.assertRaisesRegex(ValueError, "lfu"):
-            self.make(eviction_policy="lfu")
         with self.assertRaisesRegex(ValueError, "allocator's 4"):
             RadixCache(TokenToKVPoolAllocator(8, 4), 2)
         self.assertEqual(cache.total_size(), 0)

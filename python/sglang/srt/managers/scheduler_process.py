@@ -69,7 +69,6 @@ def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
     page_size = runner.memory.page_size
     states, window = runner.memory.state_slots, runner.memory.window
     allocator = TokenToKVPoolAllocator(runner.pools.size(FULL), page_size, window)
-    policy, disable = args.radix_eviction_policy, args.disable_radix_cache
     spec = SpecInfo.of(args.speculative_num_steps)
     width, ahead = (1, 0) if spec is None else (spec.num_draft_tokens, spec.slots_ahead)
     companions: list[PrefixCompanion[Any]] = [] if states is None else [StateCompanion(states)]
@@ -78,7 +77,7 @@ def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
         if envs.SGLANG_DEBUG_POOL_CHECK.get():
             runner.pools.poison_windows()
             window.on_return = runner.pools.fill_window_page
-    tree = RadixCache(allocator, page_size, policy, disable, companions)
+    tree = RadixCache(allocator, page_size, args.disable_radix_cache, companions)
     return ReqMemory(allocator, runner.req_to_token_pool, tree, width, ahead)
 
 

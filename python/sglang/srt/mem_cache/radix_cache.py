@@ -13,8 +13,6 @@ from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
 from sglang.srt.mem_cache.tree_node import ChildKey, HeapKey, InsertResult, MatchResult, RadixIntegrityError, TreeNode
 
-EVICTION_POLICIES = ("lru",)
-
 _EMPTY: np.ndarray = np.empty(0, dtype=np.int64)
 
 
@@ -31,12 +29,9 @@ class RadixCache:
         self,
         allocator: TokenToKVPoolAllocator,
         page_size: int,
-        eviction_policy: str = "lru",
         disable: bool = False,
         companions: Sequence[PrefixCompanion[Any]] = (),
     ):
-        if eviction_policy not in EVICTION_POLICIES:
-            raise ValueError(f"radix eviction policy {eviction_policy!r} is not one of {EVICTION_POLICIES}")
         if page_size != allocator.page_size:
             raise ValueError(f"page_size {page_size} differs from the allocator's {allocator.page_size}")
         self.allocator = allocator

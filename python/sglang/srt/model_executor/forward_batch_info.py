@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, auto
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -320,31 +320,24 @@ class ForwardBatch:
         if batch.kind is not None and batch.kind.rows_per_request > 1:
             # Such a step overwrites them, and on a CPU they are the host's.
             columns |= {"positions": batch.positions.clone(), "out_cache_loc": batch.out_cache_loc.clone()}
-        parts = _to_device({name: column for name, column in columns.items() if column is not None}, device)
+        given = {name: column for name, column in columns.items() if column is not None}
+        parts: dict[str, Any] = _to_device(given, device)
+        parts["num_token_non_padded"] = low_words(parts["num_token_non_padded"])
+        if "table_loc" in parts:
+            parts["table_loc"] = parts["table_loc"].view(batch.batch_size, -1)
         return cls(
             forward_mode=batch.forward_mode,
             batch_size=batch.batch_size,
-            input_ids=parts.get("input_ids"),
-            positions=parts["positions"],
-            req_pool_indices=parts["req_pool_indices"],
-            seq_lens=parts["seq_lens"],
+            input_ids=parts.pop("input_ids", None),
             seq_lens_cpu=batch.seq_lens,
-            out_cache_loc=parts["out_cache_loc"],
             attn_backend=attn_backend,
-            num_token_non_padded=low_words(parts["num_token_non_padded"]),
             num_token_non_padded_cpu=num_tokens,
             kind=batch.kind,
-            logits_rows=parts.get("logits_rows"),
             extend_seq_lens_cpu=batch.extend_seq_lens,
             extend_start_loc_cpu=starts,
-            extend_seq_lens=parts.get("extend_seq_lens"),
-            state_slot_ids=parts.get("state_slot_ids"),
-            table_loc=parts["table_loc"].view(batch.batch_size, -1) if "table_loc" in parts else None,
-            successors=parts.get("successors"),
             logprobs=batch.logprobs,
-            prompt_targets=parts.get("prompt_targets"),
-            prompt_chosen=parts.get("prompt_chosen"),
             global_num_tokens_cpu=batch.global_num_tokens,
+            **parts,
         )
 
 
