@@ -29,8 +29,8 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import sglang  # noqa: E402
-from sglang.bench_utils.metrics import describe_machine  # noqa: E402
 from sglang.test.bench_checkpoint import CONFIG, make_checkpoint  # noqa: E402
+from sglang.test.device_time import describe_machine  # noqa: E402
 
 # Attention, experts: what transformers can run this model with on a CPU.
 HF_VARIANTS = [(a, e) for a in ("eager", "sdpa") for e in ("eager", "batched_mm", "grouped_mm")]
