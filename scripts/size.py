@@ -21,11 +21,11 @@ AIM_FUNCTION_LINES = 60
 # Most lines of each package of the product. A change that needs more raises the number here, and says why.
 BUDGETS = {
     "sglang/*.py": 850,
-    "sglang/bench_utils": 1_225,
-    "sglang/cli": 100,
-    "sglang/embedded_models": 50,
-    "sglang/kernels": 11_375,
-    "sglang/srt/*.py": 1_080,  # flags are declared on parsers where ServerArgs stands
+    "sglang/bench_utils": 1_190,
+    "sglang/cli": 90,
+    "sglang/embedded_models": 20,
+    "sglang/kernels": 11_050,
+    "sglang/srt/*.py": 1_000,
     "sglang/srt/arg_groups": 2_420,  # the plan of streams follows from settings
     "sglang/srt/configs": 2_135,  # a folder of a model is looked at before torch is loaded
     "sglang/srt/constrained": 400,
@@ -33,12 +33,12 @@ BUDGETS = {
     "sglang/srt/entrypoints": 4_400,  # errors name the fields that a client sent
     "sglang/srt/layers": 5_045,  # a norm gives one row multiplied
     "sglang/srt/managers": 5_260,  # prefill steps are launched one ahead of results; warnings of requests
-    "sglang/srt/mem_cache": 1_880,
-    "sglang/srt/model_executor": 2_475,  # prompt steps are captured and checked
-    "sglang/srt/model_loader": 350,
+    "sglang/srt/mem_cache": 1_865,
+    "sglang/srt/model_executor": 2_460,  # prompt steps are captured and checked
+    "sglang/srt/model_loader": 330,
     "sglang/srt/models": 2_175,  # models name the product that their norms precede
     "sglang/srt/parser": 710,  # types of arguments follow the references of their schemas
-    "sglang/srt/platforms": 650,
+    "sglang/srt/platforms": 640,
     "sglang/srt/sampling": 740,  # a host keeps a list of what it edits in place, a device marks of all ids
     "sglang/srt/speculative": 1_055,  # draws and counts of a verify step are captured too
     "sglang/srt/utils": 2_125,
