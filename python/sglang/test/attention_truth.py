@@ -54,9 +54,10 @@ def true_decode_padded(
 
 def true_decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor | None, table: Tensor, rows: Tensor, seq_lens: Tensor, scale: float,
-    rank: int = 0,
+    rank: int = 0, gate: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return true_decode_padded(q, k_cache, v_cache, table[rows], seq_lens, scale, rank)
+    out = true_decode_padded(q, k_cache, v_cache, table[rows], seq_lens, scale, rank)
+    return out if gate is None else out / (1 + (-gate.double()).exp())
 
 
 def true_mla_decode_project(

@@ -89,9 +89,12 @@ class TestInterpretedBodies(CustomTestCase):
                     close(launch_decode(q, latent, latent, *table, 0.2, shape, Tile(16, 16, 4, 1), splits), wanted)
         q = torch.randn(len(lens), 6, 24, generator=generator)
         wanted = decode_attention.decode_attention_torch(q, keys[0], keys[1], *table, 0.3)
+        gate = torch.randn(len(lens), 6, 2, 24, generator=generator)[:, :, 1]
+        gate[:2, 1, 5] = torch.nan  # of a request without tokens too
         for splits in (1, 3, 8):
-            found = launch_decode(q, keys[0], keys[1], *table, 0.3, RowShape.of(24, 24), Tile(16, 16, 4, 1), splits)
-            close(found, wanted)
+            args = (q, keys[0], keys[1], *table, 0.3, RowShape.of(24, 24), Tile(16, 16, 4, 1), splits)
+            close(launch_decode(*args), wanted)
+            close(launch_decode(*args, gate=gate), wanted * gate.sigmoid())
         for rows, repeat in ((3, 1), (8, 1), (4, 2)):
             wrong = torch.randn(rows, 6, 24, generator=generator)
             with self.assertRaisesRegex(ValueError, f"{rows} queries are not {repeat} of each of 4 requests"):

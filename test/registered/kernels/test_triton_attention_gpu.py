@@ -230,12 +230,12 @@ class TestBackendOnGpu(CustomTestCase):
             else:
                 ids = torch.zeros(sum(lengths), dtype=torch.int64)
                 batch = ModelWorkerBatch.extend(rows, prefixes, lens, ids, slots, forward_mode=ForwardMode.MIXED)
-            q = torch.randn(sum(lengths), 16 * 128, generator=generator)
-            k, v = torch.randn(2, sum(lengths), 2 * 128, generator=generator)
+            q, gate = torch.randn(sum(lengths), 16, 2, 128, generator=generator).unbind(2)
+            k, v = torch.randn(2, sum(lengths), 2, 128, generator=generator)
             outs = []
             for backend, device in ((ours, DEVICE), (theirs, "cpu")):
                 forward_batch = ForwardBatch.from_worker_batch(batch, torch.device(device), backend)
-                inputs = [tensor.to(device) for tensor in (q, k, v)]
+                on_device = [tensor.to(device) for tensor in (q, gate, k, v)]
                 strict = device != "cpu" and step in (2, 4)
                 # On the host the references answer, as they do where there is no GPU.
                 host = override_platform(CpuPlatform()) if device == "cpu" else nullcontext()
@@ -243,7 +243,8 @@ class TestBackendOnGpu(CustomTestCase):
                 try:
                     with host, fresh_decisions():
                         backend.init_forward_metadata(forward_batch)
-                        outs.append(backend.forward(*inputs, self.LAYER, forward_batch))
+                        backend.store(*on_device[2:], self.LAYER, forward_batch)
+                        outs.append(backend.attend(on_device[0], self.LAYER, forward_batch, on_device[1]))
                         for name, record in REGISTRY.records.items():
                             self.assertFalse(record.disabled, name)
                 finally:

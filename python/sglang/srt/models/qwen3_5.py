@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from sglang.kernels.ops.activation.sigmoid_mul import sigmoid_mul
 from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
@@ -224,13 +223,12 @@ class Qwen3_5Attention(nn.Module):
         if forward_batch.kind is not None and self.overlap.covers(q.shape[0]):
             q, k = self._apply_qk_norm(q, k)
             q, k = self.rotary_emb(positions, q, k)
-            out = backend.forward(q, k, v, self.attn, forward_batch)
+            backend.store(k, v, self.attn, forward_batch)
         else:
             q = backend.prepare_gqa(
                 q, k, v, positions, self.q_norm, self.k_norm, self.rotary_emb, self.attn, forward_batch
             )
-            out = backend.attend(q, self.attn, forward_batch)
-        return self.o_proj(sigmoid_mul(out.view(gate.shape), gate).flatten(1))
+        return self.o_proj(backend.attend(q, self.attn, forward_batch, gate))
 
 
 class Qwen3_5DecoderLayer(DecoderLayer):

@@ -78,7 +78,12 @@ def decode_attention() -> Iterator[Case]:
             k_cache = torch.randn(total, kv_heads, dim, generator=generator)
             v_cache = torch.randn(total, kv_heads, dim, generator=generator)
             k_cache[-1], v_cache[-1] = float("nan"), float("nan")
-            yield Case(f"{name}-{heads}x{kv_heads}-{dim}", (q, k_cache, v_cache, *table, 0.3))
+            args = (q, k_cache, v_cache, *table, 0.3)
+            yield Case(f"{name}-{heads}x{kv_heads}-{dim}", args)
+            # Half of rows that alternate, as they are in a product of queries and gates; NaN stays NaN.
+            gate = torch.randn(*q.shape[:2], 2, dim, generator=generator)[:, :, 1] * 3
+            gate[:1, 0, 3] = float("nan")
+            yield Case(f"{name}-{heads}x{kv_heads}-{dim}-gated", (*args, 0, gate))
         if width > 1:
             spoiled = spoil_ends(v_cache, table[0][table[1]].long(), table[2])
             yield Case(f"{name}-nan-values", (q, k_cache, spoiled, *table, 0.3))

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sglang.kernels.launch_triton import wait_for_kernel_ahead
+from sglang.kernels.ops.activation.sigmoid_mul_triton import gated
 from sglang.kernels.ops.quant.scales_triton import store_quantized
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -52,10 +53,11 @@ def decode_kernel(
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr, HEAD_AXIS: tl.constexpr,
+    gate_ptr=None, gate_stride=0, gate_head_stride=0,
 ):  # fmt: skip
     """grid (key heads * head blocks, requests, splits), so that those who read the same rows run together -> out
     [B * REPEAT, splits, H, V] and lse [B * REPEAT, splits, H] float32, or with WHOLE (one split) out [B * REPEAT, H, V]
-    in its own dtype.
+    in its own dtype, gated if there is a gate [B * REPEAT, H, V] of that dtype.
 
     HEAD_AXIS 0, for many heads over one key head: heads are the rows of both products. HEAD_AXIS 1, for few: tokens
     are the rows, so that HEADS may be as small as 16 on a wide matrix unit.
@@ -80,9 +82,15 @@ def decode_kernel(
     out_row = (query * splits + split) * num_heads + heads
     out_at = out_ptr + tl.expand_dims(out_row, OTHER_AXIS) * VALUE + tl.expand_dims(values, HEAD_AXIS)
     out_mask = tl.expand_dims(live, OTHER_AXIS) & tl.expand_dims(values < VALUE, HEAD_AXIS)
+    if gate_ptr is not None:
+        gate_row = gate_ptr + query * gate_stride + heads * gate_head_stride
+        gate_at = tl.expand_dims(gate_row, OTHER_AXIS) + tl.expand_dims(values, HEAD_AXIS)
     if start >= end:
         if WHOLE:
-            tl.store(out_at, tl.zeros(out_mask.shape, out_ptr.dtype.element_ty), mask=out_mask)
+            nothing = tl.zeros(out_mask.shape, out_ptr.dtype.element_ty)
+            if gate_ptr is not None:
+                nothing = gated(nothing, tl.load(gate_at, mask=out_mask, other=0.0))
+            tl.store(out_at, nothing, mask=out_mask)
         else:
             tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=live)
         return
@@ -158,7 +166,10 @@ def decode_kernel(
     # Where several queries share a span, one may have seen nothing: 1 there, and the part does not count by its lse.
     shares = total if REPEAT == 1 else tl.where(total == 0.0, 1.0, total)
     acc = acc / tl.expand_dims(shares, OTHER_AXIS)
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+    out = acc.to(out_ptr.dtype.element_ty)
+    if gate_ptr is not None:
+        out = gated(out, tl.load(gate_at, mask=out_mask, other=0.0))
+    tl.store(out_at, out, mask=out_mask)
     if not WHOLE:
         tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)
 
@@ -202,16 +213,25 @@ def merge_splits_kernel(
     parts_ptr, parts_lse_ptr, out_ptr,
     num_heads, splits,
     HEADS: tl.constexpr, STEP: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
+    gate_ptr=None, gate_stride=0, gate_head_stride=0,
 ):  # fmt: skip
-    """parts [N, splits, H, V] and their lse [N, splits, H] -> out [N, H, V]; grid (rows, head blocks, value blocks)."""
+    """parts [N, splits, H, V] and their lse [N, splits, H] -> out [N, H, V], gated if there is a gate [N, H, V].
+
+    grid (rows, head blocks, value blocks).
+    """
     wait_for_kernel_ahead()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     value = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = (head < num_heads)[:, None] & (value < VALUE)[None, :]
+    if gate_ptr is not None:
+        gate_at = gate_ptr + row * gate_stride + head[:, None] * gate_head_stride + value[None, :]
+        gate = tl.load(gate_at, mask=inside, other=0.0)
     out = _merged(parts_ptr, parts_lse_ptr, row, head, value, num_heads, splits, STEP, VALUE)
-    out_at = out_ptr + (row * num_heads + head[:, None]) * VALUE + value[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    out = out.to(out_ptr.dtype.element_ty)
+    if gate_ptr is not None:
+        out = gated(out, gate)
+    tl.store(out_ptr + (row * num_heads + head[:, None]) * VALUE + value[None, :], out, mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits"])

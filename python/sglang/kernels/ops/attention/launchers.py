@@ -60,8 +60,15 @@ def fits_specialised_warps(q: Tensor, k: Tensor, shape: RowShape, tile: Tile, re
     return plain and imports_gluon("sglang.kernels.ops.attention.decode_sm90_triton")
 
 
-def merge_parts(parts: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """parts [N, S, H, V], lse [N, S, H] float32 -> [N, H, V] in ``dtype``; sums in order."""
+def gate_options(gate: Tensor | None) -> dict[str, Any]:
+    """Arguments of a kernel whose result [N, H, V] is gated, if it is."""
+    if gate is None:
+        return {}
+    return {"gate_ptr": gate, "gate_stride": gate.stride(0), "gate_head_stride": gate.stride(1)}
+
+
+def merge_parts(parts: Tensor, lse: Tensor, dtype: torch.dtype, gate: Tensor | None = None) -> Tensor:
+    """parts [N, S, H, V], lse [N, S, H] float32, gate [N, H, V] or None -> [N, H, V] in ``dtype``; sums in order."""
     from sglang.kernels.ops.attention.decode_triton import merge_splits_kernel
 
     num_rows, splits, heads, value = parts.shape
@@ -73,7 +80,7 @@ def merge_parts(parts: Tensor, lse: Tensor, dtype: torch.dtype) -> Tensor:
     merge_splits_kernel[(num_rows, cdiv(heads, block_h), blocks)](
         parts, lse, out, heads, splits,
         HEADS=block_h, STEP=max(2, MERGE_WIDTH // block_h), VALUE=value, BLOCK_V=block_v,
-        num_warps=2, **early_start(),
+        num_warps=2, **gate_options(gate), **early_start(),
     )  # fmt: skip
     return out
 
@@ -109,15 +116,15 @@ def project_parts(parts: Tensor, lse: Tensor, w: Tensor, dtype: torch.dtype | No
 def launch_decode(*args: Any, **kwargs: Any) -> Tensor:
     """``launch_parts``, merged: [., Hq, Dv] in q's dtype."""
     parts, lse = launch_parts(*args, **kwargs)
-    return parts if lse is None else merge_parts(parts, lse, args[0].dtype)
+    return parts if lse is None else merge_parts(parts, lse, args[0].dtype, kwargs.get("gate"))
 
 
 def launch_parts(
     q: Tensor, k: Tensor, v: Tensor, req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor, scale: float,
-    shape: RowShape, tile: Tile | None = None, splits: int | None = None, repeat: int = 1,
+    shape: RowShape, tile: Tile | None = None, splits: int | None = None, repeat: int = 1, gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``repeat`` queries per request over its slots: q [B*repeat, Hq, D], k [S, Hk, D], v [S, Hk, Dv] -> parts
-    [., splits, Hq, Dv] and their lse [., splits, Hq] float32, or of one split the result [., Hq, Dv] alone.
+    [., splits, Hq, Dv] and their lse [., splits, Hq] float32, or of one split the result [., Hq, Dv] alone, gated.
 
     They are those of its last tokens, and ``seq_lens`` the lengths that the last one sees. ``tile`` and ``splits`` are
     for tuning and for tests of their invariance; None takes the tables' choice. Raises ValueError for another number of
@@ -143,7 +150,7 @@ def launch_parts(
         lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
     else:
         parts = lse = torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device)
-    if tile is found and fits_specialised_warps(q, k, shape, tile, repeat):
+    if tile is found and gate is None and fits_specialised_warps(q, k, shape, tile, repeat):
         from sglang.kernels.ops.attention.decode_sm90_triton import decode_heads_sm90_kernel
 
         decode_heads_sm90_kernel[(programs, batch, splits)](
@@ -157,7 +164,8 @@ def launch_parts(
         scale, heads, group, splits,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), req_to_token.stride(0),
         **shape.constants(), HEADS=tile.rows, BLOCK_N=tile.block_n, WHOLE=splits == 1, REPEAT=repeat,
-        HEAD_AXIS=0 if heads_are_rows else 1, num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(),
+        HEAD_AXIS=0 if heads_are_rows else 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **gate_options(gate if splits == 1 else None), **early_start(),
     )  # fmt: skip
     return parts, lse if splits > 1 else None
 

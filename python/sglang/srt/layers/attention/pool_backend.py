@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from sglang.kernels.ops.activation.sigmoid_mul import sigmoid_mul
 from sglang.kernels.ops.attention.extend_ragged import extend_ragged
 from sglang.kernels.ops.attention.kv_cache import read_rows, write_kv
 from sglang.kernels.ops.attention.mla_decode_project import take_out
@@ -89,15 +90,9 @@ class GqaBackend(KvBackend):
         super().__init__(ctx)
         self.kv_pool = ctx.pools["kv"]
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> torch.Tensor:
-        """Write k and v at ``out_cache_loc`` and attend. q [N, Hq*D], k [N, Hk*D], v [N, Hk*Dv] -> [N, Hq*Dv]."""
-        num_tokens = q.shape[0]
-        k = k.view(num_tokens, layer.num_kv_heads, layer.head_dim)
-        v = v.view(num_tokens, layer.num_kv_heads, layer.v_head_dim)
+    def store(self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
+        """Write k [N, Hk, D] and v [N, Hk, Dv] at ``out_cache_loc``."""
         write_kv(k, v, *self.kv_pool.layer(layer.layer_id), forward_batch.out_cache_loc)
-        return self.attend(q.view(num_tokens, layer.num_heads, layer.head_dim), layer, forward_batch)
 
     def prepare_gqa(
         self,
@@ -121,10 +116,14 @@ class GqaBackend(KvBackend):
     def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
         return self.extend_plan(forward_batch, list(range(forward_batch.batch_size)))
 
-    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """Attend over stored keys and values, this step's included. q [N, Hq, D] -> [N, Hq*Dv]."""
+    def attend(
+        self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend over stored keys and values, this step's included. q [N, Hq, D] -> [N, Hq*Dv], times the sigmoid of
+        ``gate`` [N, Hq, Dv] if that is given."""
         caches = self.kv_pool.layer(layer.layer_id)
-        return self.attend_rows(q, caches[0], caches[1], layer, forward_batch.attn_plan.attention).flatten(1)
+        out = self.attend_rows(q, caches[0], caches[1], layer, forward_batch.attn_plan.attention)
+        return (out if gate is None else sigmoid_mul(out, gate)).flatten(1)
 
 
 class MlaBackend(KvBackend):

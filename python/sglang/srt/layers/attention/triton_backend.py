@@ -137,6 +137,18 @@ class TritonAttnBackend(CapturingPoolBackend):
 class TritonGqaBackend(TritonAttnBackend, GqaBackend):
     """Multi-head and grouped-query attention."""
 
+    def attend(
+        self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See the base class; one op attends and gates in steps that read the table."""
+        plan = forward_batch.attn_plan.attention
+        if gate is None or not isinstance(plan, TableDecodePlan):
+            return super().attend(q, layer, forward_batch, gate)
+        rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
+        caches = self.kv_pool.layer(layer.layer_id)
+        out: torch.Tensor = decode_attention(q, *caches, *rows, layer.scaling, layer.v_head_dim, gate)
+        return out.flatten(1)
+
 
 @register_attention_backend("triton", "mla", platforms=("cuda", "hip"), graphs=True)
 class TritonMlaBackend(TritonAttnBackend, MlaBackend):

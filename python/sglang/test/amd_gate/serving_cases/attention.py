@@ -237,6 +237,9 @@ def decode_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             cache = torch.empty(rows, kv_heads, dim, dtype=dtype, device=device)
             args = (q, cache, torch.empty_like(cache), *table, dim**-0.5)
             yield decode_attention, Case(f"gqa_{heads}x{kv_heads}_d{dim} {suffix}", args)
+            if dim == 256:
+                gate = q.new_empty(batch, heads, 2, dim)[:, :, 1]
+                yield decode_attention, Case(f"gqa_{heads}x{kv_heads}_d{dim} {suffix} gated", (*args, 0, gate))
             if dtype == torch.bfloat16:
                 coarse = torch.empty_like(cache, dtype=fp8)
                 name = f"gqa_{heads}x{kv_heads}_d{dim} {suffix} fp8"
@@ -264,7 +267,10 @@ def verify_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         cache = torch.empty(rows, 2, 256, dtype=torch.bfloat16, device=device)
         q = cache.new_empty(batch * width, 16, 256)
         name = f"bs{batch} w{width}"
-        yield decode_attention, Case(f"gqa_16x2_d256 {name}", (q, cache, torch.empty_like(cache), *rest, 256**-0.5))
+        args = (q, cache, torch.empty_like(cache), *rest, 256**-0.5)
+        yield decode_attention, Case(f"gqa_16x2_d256 {name}", args)
+        gate = q.new_empty(batch * width, 16, 2, 256)[:, :, 1]
+        yield decode_attention, Case(f"gqa_16x2_d256 {name} gated", (*args, 0, gate))
         for heads in (16, 128):
             q, latent = cache.new_empty(batch * width, heads, 576), cache.new_empty(rows, 1, 576)
             yield decode_attention, Case(f"mla_h{heads} {name}", (q, latent, None, *rest, 192**-0.5, 512))
