@@ -53,7 +53,10 @@ def candidates(path: str, block_m: int, per_expert: float, fp8: bool) -> Iterato
     for product, parts in (("gate_up", 2), ("down", 1), *([("down", 2)] if path == "many" and fp8 else [])):
         wide = block_m >= 64 and not fp8
         for n, k, warps, stages in itertools.product(
-            (64, 128, 256) if wide else (16, 32, 64, 128), (64, 128) if wide else (64, 128, 256), (4, 8), (2, 3, 4, 5)
+            (64, 128, 256) if wide else (16, 32, 64, 128),
+            (64, 128) if wide else (64, 128, 256),
+            (4, 8),
+            (2, 3, 4, 5, 6),
         ):
             held = block_m * n * parts // (32 * warps)
             flight = stages * k * 2 * (n * parts + block_m)
@@ -62,8 +65,8 @@ def candidates(path: str, block_m: int, per_expert: float, fp8: bool) -> Iterato
             flight //= 1 + fp8
             if flight > MAX_STAGE_BYTES or held > 128 or (not wide and flight < 16 << 10):
                 continue
-            # Few rows have no work for eight warps.
-            if warps == 8 and block_m < 64:
+            # Few rows have no work for eight warps, unless it is to ask for bytes.
+            if warps == 8 and block_m < 64 and not (fp8 and n == 128):
                 continue
             if wide and (held < 32 or stages == 2):
                 continue

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from sglang.kernels.ops.activation.sigmoid_mul import sigmoid_mul_triton
 from sglang.kernels.ops.attention import extend_ragged
 from sglang.kernels.ops.attention.attention_state import extend_state, merge_states
 from sglang.kernels.ops.attention.decode_attention import decode_attention_torch
@@ -85,6 +86,20 @@ class TestDecodeOnGpu(CustomTestCase):
             for heads, kv_heads, dim, value in LAYOUTS:
                 inputs = decode_inputs(heads, kv_heads, dim, value, dtype)
                 self.check(*inputs, shape=RowShape.of(dim, value), dtype=dtype)
+
+    def test_a_gate_is_what_the_next_op_would_make_of_it(self):
+        for dtype in BOUNDS:
+            for repeat, lens in ((1, (1, 0, 300, 1500, 64)), (4, (4, 5, 300, 1500, 64))):
+                q, k, v, *table = decode_inputs(16, 2, 256, 256, dtype, lens)
+                q = q.repeat_interleave(repeat, 0)
+                gate = torch.randn(len(q), 16, 2, 256, device=DEVICE).to(dtype)[:, :, 1] * 3
+                gate[0, 3, 5], gate[1, 2, 7], gate[1, 2, 8] = float("nan"), float("inf"), float("-inf")
+                for splits in (None, 1, 2, 7):
+                    with self.subTest(dtype=dtype, repeat=repeat, splits=splits):
+                        args = (q, k, v, *table, 0.06, RowShape.of(256, 256), None, splits, repeat)
+                        found, apart = launch_decode(*args, gate=gate), sigmoid_mul_triton(launch_decode(*args), gate)
+                        self.assertTrue(torch.equal(found.nan_to_num(9.0), apart.nan_to_num(9.0)))
+                        self.assertTrue(bool(found[0, 3, 5].isnan()))
 
     def test_latent_rows(self):
         for dtype in BOUNDS:

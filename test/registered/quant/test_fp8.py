@@ -261,13 +261,13 @@ class TestLayers(CustomTestCase):
     def test_kernels_take_scales_only_as_they_read_them(self):
         w, w_scale = torch.zeros(64, 512).to(FP8), torch.ones(1, 4)
         library = next(impl for impl in block_fp8_linear.impls if impl.name == "cublas")
-        q, scale = empty_quantized(40, 512, FP8, torch.device("cpu"))
-        self.assertEqual((q.shape, scale.shape, scale.stride()), ((40, 512), (40, 4), (1, 48)))
+        q, scale = empty_quantized(60, 512, FP8, torch.device("cpu"))
+        self.assertEqual((q.shape, scale.shape, scale.stride()), ((60, 512), (60, 4), (1, 64)))
         self.assertTrue(library.accepts(q, w, w_scale, scale, torch.bfloat16))
         self.assertFalse(library.accepts(q, w, w_scale, scale.contiguous(), torch.bfloat16))
-        # Room for 32 rows, but of other scales.
-        self.assertFalse(library.accepts(q[:24], w, w_scale, scale[:24], torch.bfloat16))
-        few = empty_quantized(16, 512, FP8, torch.device("cpu"))
+        # Room for 48 rows, but of other scales.
+        self.assertFalse(library.accepts(q[:40], w, w_scale, scale[:40], torch.bfloat16))
+        few = empty_quantized(32, 512, FP8, torch.device("cpu"))
         self.assertTrue(all(part.is_contiguous() for part in few))
         experts = next(impl for impl in fused_experts_fp8.impls if impl.name == "triton")
         stacks = (
@@ -421,10 +421,13 @@ class TestLinearTiles(CustomTestCase):
         for rows, width, k_dim, arch, form in (
             (1, 2112, 7168, "sm_90", "one"), (1, 2112, 7168, "gfx942", "one"), (2, 2112, 7168, "sm_90", "narrow"),
             (16, 4095, 2048, "sm_90", "narrow"), (16, 4096, 2048, "sm_90", "wide"), (16, 4096, 1920, "sm_90", "short"),
-            (17, 4096, 7168, "sm_90", "tiles"), (2, 4096, 7168, "gfx942", "tiles"), (9000, 64, 128, "gfx950", "tiles"),
+            (17, 4096, 7168, "sm_90", "narrow 32"), (32, 16385, 2048, "sm_90", "wide 32"),
+            (32, 24576, 1536, "sm_90", "short 32"), (33, 4096, 7168, "sm_90", "tiles"),
+            (2, 4096, 7168, "gfx942", "tiles"), (9000, 64, 128, "gfx950", "tiles"),
         ):  # fmt: skip
             tile = linear_tile(rows, width, k_dim, arch)
-            forms = {"one": ONE_ROW_TILE, **dict(zip(("narrow", "wide", "short"), (t for *_, t in FEW_ROWS_TILES)))}
+            names = ("narrow", "wide", "short", "narrow 32", "wide 32", "short 32")
+            forms = {"one": ONE_ROW_TILE, **{name: t for name, (*_, t) in zip(names, FEW_ROWS_TILES, strict=True)}}
             found = next((name for name, known in forms.items() if known is tile), "tiles")
             self.assertEqual(found, form, (rows, width, k_dim, arch))
             self.assertGreaterEqual(tile.get("BLOCK_M", 1) if form != "tiles" else rows, rows)

@@ -42,6 +42,6 @@ def block_fp8_linear() -> Iterator[Case]:
         for made, wanted in zip((q, scale), quantize_groups_torch(x, q.dtype), strict=True):
             made.copy_(wanted)
         yield Case(f"{name}-quantised", (q, *blocks, scale, torch.float32))
-    for rows, columns in ((1, 1152), (1, 2048), (3, 2176), (16, 2048)):
+    for rows, columns in ((1, 1152), (1, 2048), (3, 2176), (16, 2048), (27, 2176)):
         x = torch.randn(rows, columns, generator=generator)
         yield Case(f"{rows}x{columns}", (x, *random_blocks(136, columns, generator)))

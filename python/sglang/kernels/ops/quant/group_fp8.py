@@ -12,9 +12,9 @@ from sglang.kernels.spec import Impl, Op
 from sglang.srt.platforms import current_platform
 
 GROUP = 128
-# Rows past which cuBLAS is ahead of the tiles below (up to 1.2 times at 32 rows, 2 times from 1024 on; measured
-# in the same run), and the multiple of rows that it is given.
-LIBRARY_MIN_ROWS = 16
+# Rows past which cuBLAS is ahead of the tiles below (2 times from 1024 on; measured in the same run), and the multiple
+# of rows that it is given.
+LIBRARY_MIN_ROWS = 32
 LIBRARY_ROWS = 16
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 # By architecture ("": any other) rows up to which a tile serves, and the tile. benchmark/kernels/tune_linear.py over
@@ -40,12 +40,15 @@ LINEAR_TILES: dict[str, tuple[tuple[int | None, dict[str, int]], ...]] = {
 # triton 3.6.0, 2026-11-30: 7.6 to 67 us where the tiles above take 21.6 to 84; gfx takes the same, never timed.
 ONE_ROW_TILE = {"BLOCK_N": 2, "BLOCK_K": 1024, "num_warps": 2}
 # Few rows, where whole groups of columns side by side hide the way to memory (measured with the former): rows up to
-# which they serve, and the first tile whose least columns and most outputs fit.
-FEW_ROWS = {"sm_90": 16}
+# which they serve, and the first tile whose rows, least columns and most outputs fit.
+FEW_ROWS = {"sm_90": 32}
 FEW_ROWS_TILES = (
     (2048, 4095, {"BLOCK_M": 16, "BLOCK_N": 16, "GROUPS": 16, "num_warps": 4, "num_stages": 3}),
     (2048, None, {"BLOCK_M": 16, "BLOCK_N": 32, "GROUPS": 4, "num_warps": 4, "num_stages": 4}),
     (0, None, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 8, "num_stages": 3}),
+    (2048, 16384, {"BLOCK_M": 32, "BLOCK_N": 16, "GROUPS": 4, "num_warps": 4, "num_stages": 3}),
+    (2048, None, {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 4}),
+    (0, None, {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 6}),
 )
 
 
@@ -156,7 +159,8 @@ def linear_tile(rows: int, width: int, k_dim: int, arch: str, dense_scale: bool 
     if rows == 1 and dense_scale:
         return ONE_ROW_TILE
     if rows <= FEW_ROWS.get(arch, 0) and dense_scale:
-        return next(tile for least, most, tile in FEW_ROWS_TILES if k_dim >= least and (most is None or width <= most))
+        fits = (t for least, most, t in FEW_ROWS_TILES if k_dim >= least and (most is None or width <= most))
+        return next(tile for tile in fits if rows <= tile["BLOCK_M"])
     tiles = LINEAR_TILES.get(arch, LINEAR_TILES[""])
     return next(tile for limit, tile in tiles if limit is None or rows <= limit)
 
