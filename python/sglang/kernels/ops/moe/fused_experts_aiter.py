@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,49 +114,36 @@ def _expert_mask(experts: int, device: torch.device) -> Tensor:
     return F.pad(torch.ones(experts, dtype=torch.int32, device=device), (0, 1))
 
 
-def fused_experts_fp8_aiter(
-    x: Tensor, w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None, topk_weights: Tensor,
-    topk_ids: Tensor, x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
+def _fused_moe(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, dtype: torch.dtype, quant: str,
+    **scales: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """``moe.fused_experts_fp8``, except that an expert may stand in a row twice only with weight 0.
+    """AITER's experts, whose results are of ``dtype``; ``quant`` names one of its QuantType.
 
-    Without scales of the weights, which are of the rows' dtype then, ``moe.fused_experts`` with the same exception.
+    It accepts no negative id, so these become a masked expert. With a mask it looks its kernel up for one expert per
+    token fewer, because its other callers append a masked column (ROCm/aiter#5595); this function does the same.
     """
-    dtype = dtype or x.dtype
     if x.shape[0] == 0:
         return torch.empty_like(x, dtype=dtype)
     from aiter import ActivationType, QuantType
     from aiter.fused_moe import fused_moe
 
-    routing = _routing(topk_weights, topk_ids, w13.shape[0])
-    return fused_moe(
-        x.contiguous(),
-        w13,
-        w2,
-        topk_weight=routing.weights,
-        topk_ids=routing.ids,
-        expert_mask=routing.mask,
-        activation=ActivationType.Silu,
-        quant_type=QuantType.No if w13_scale is None else QuantType.per_128x128,
-        w1_scale=w13_scale,
-        w2_scale=w2_scale,
-        a1_scale=x_scale,
-        dtype=dtype,
-    )
-
-
-class _Routing(NamedTuple):
-    weights: Tensor
-    ids: Tensor
-    mask: Tensor
-
-
-def _routing(topk_weights: Tensor, topk_ids: Tensor, experts: int) -> _Routing:
-    """AITER accepts no negative id, so these become a masked expert. With a mask it looks its kernel up for one expert
-    per token fewer, because its other callers append a masked column (ROCm/aiter#5595); this function does the same."""
+    experts = w13.shape[0]
     ids = F.pad(topk_ids.to(torch.int32), (0, 1), value=-1)
-    mask = _expert_mask(experts, topk_ids.device)
-    return _Routing(F.pad(topk_weights, (0, 1)), torch.where(ids < 0, experts, ids), mask)
+    return fused_moe(
+        x.contiguous(), w13, w2, topk_weight=F.pad(topk_weights, (0, 1)), topk_ids=torch.where(ids < 0, experts, ids),
+        expert_mask=_expert_mask(experts, ids.device), activation=ActivationType.Silu,
+        quant_type=getattr(QuantType, quant), dtype=dtype, **scales,
+    )  # fmt: skip
+
+
+def fused_experts_fp8_aiter(
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
+) -> Tensor:  # fmt: skip
+    """``moe.fused_experts_fp8``, except that an expert may stand in a row twice only with weight 0."""
+    scales = {"w1_scale": w13_scale, "w2_scale": w2_scale, "a1_scale": x_scale}
+    return _fused_moe(x, w13, w2, topk_weights, topk_ids, dtype or x.dtype, "per_128x128", **scales)
 
 
 def fused_experts_mxfp4_aiter(
@@ -164,25 +151,8 @@ def fused_experts_mxfp4_aiter(
     limit: float | None = None,
 ) -> Tensor:  # fmt: skip
     """``moe.fused_experts_mxfp4`` with rows rounded to MXFP4 before each product; an expert stands in a row once."""
-    if x.shape[0] == 0:
-        return torch.empty_like(x)
-    from aiter import ActivationType, QuantType
-    from aiter.fused_moe import fused_moe
-
-    routing = _routing(topk_weights, topk_ids, w13.shape[0])
-    return fused_moe(
-        x.contiguous(),
-        _as_pairs(w13),
-        _as_pairs(w2),
-        topk_weight=routing.weights,
-        topk_ids=routing.ids,
-        expert_mask=routing.mask,
-        activation=ActivationType.Silu,
-        quant_type=QuantType.per_1x32,
-        w1_scale=w13_scale.view(torch.float8_e8m0fnu),
-        w2_scale=w2_scale.view(torch.float8_e8m0fnu),
-        dtype=x.dtype,
-    )
+    scales = {"w1_scale": w13_scale.view(torch.float8_e8m0fnu), "w2_scale": w2_scale.view(torch.float8_e8m0fnu)}
+    return _fused_moe(x, _as_pairs(w13), _as_pairs(w2), topk_weights, topk_ids, x.dtype, "per_1x32", **scales)
 
 
 def _as_pairs(w: Tensor) -> Tensor:
@@ -196,4 +166,4 @@ def fused_experts_aiter(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
 ) -> Tensor:
     """``moe.fused_experts``, except that an expert may stand in a row twice only with weight 0."""
-    return fused_experts_fp8_aiter(x, w13, None, w2, None, topk_weights, topk_ids)
+    return _fused_moe(x, w13, w2, topk_weights, topk_ids, x.dtype, "No")
