@@ -88,8 +88,8 @@ def triton_dtype(dtype: torch.dtype) -> object:
     return getattr(tl, eight_bits.get(dtype, str(dtype).removeprefix("torch.")))
 
 
-def triton_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:
-    """The Triton line of an op: runs on any GPU that Triton compiles for, where ``accepts`` says yes.
+def triton_impl(fn: Callable[..., Any], accepts: Callable[..., bool], name: str = "triton", **limits: Any) -> Impl:
+    """A Triton line of an op: runs on any GPU that Triton compiles for, or by ``limits``, where ``accepts`` says yes.
 
     Kernels step through a vector by its elements, so one whose elements are not side by side is never accepted: an
     expanded row of one element, read as if it were many, is memory of somebody else.
@@ -101,11 +101,13 @@ def triton_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:
                 return False
         return accepts(*args, **kwargs)
 
-    return Impl("triton", fn, kinds={"hip", "cuda"}, package="triton", needs_device=True, accepts=accepts_dense)
+    anywhere = {"kinds": {"hip", "cuda"}, "package": "triton", "needs_device": True}
+    return Impl(name, fn, accepts=accepts_dense, **{**anywhere, **limits})
 
 
-def aiter_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:
-    """The AITER line of an op: on ROCm, where SGLANG_USE_AITER asks for it and ``accepts`` says yes."""
-    return Impl(
-        "aiter", fn, kinds={"hip"}, package="aiter", enabled=lambda: envs.SGLANG_USE_AITER.get(), accepts=accepts
-    )
+def aiter_impl(
+    fn: Callable[..., Any], accepts: Callable[..., bool], name: str = "aiter", package: str = "aiter", **limits: Any
+) -> Impl:
+    """An AITER line of an op: on ROCm, where SGLANG_USE_AITER asks for it and ``accepts`` says yes; ``limits`` more."""
+    switch = lambda: envs.SGLANG_USE_AITER.get()  # noqa: E731
+    return Impl(name, fn, kinds={"hip"}, package=package, enabled=switch, accepts=accepts, **limits)

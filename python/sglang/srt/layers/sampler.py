@@ -103,16 +103,5 @@ def _draw(
     edited: tuple[torch.Tensor | None, ...] = ()
     if isinstance(edits, LogitEdits):
         edited = (edits.rows, edits.marks, edits.penalties, edits.left, edits.bias)
-    return draw(
-        raw,
-        info.temperatures.view(-1),
-        info.top_ks.view(-1),
-        info.top_ps.view(-1),
-        info.min_ps.view(-1),
-        info.greedy_rows,
-        info.sampling_seed,
-        positions,
-        info.wanted,
-        info.vocab_mask,
-        *edited,
-    )
+    columns = (column.view(-1) for column in (info.temperatures, info.top_ks, info.top_ps, info.min_ps))
+    return draw(raw, *columns, info.greedy_rows, info.sampling_seed, positions, info.wanted, info.vocab_mask, *edited)

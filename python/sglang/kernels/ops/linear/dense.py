@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv, early_start
+from sglang.kernels.launch import cdiv, early_start, triton_impl
 from sglang.kernels.spec import Impl, Op
 
 # Outputs and columns of a program for one row (those of one token's experts, which are as many bytes per program), and
@@ -40,15 +40,7 @@ def _is_row(x: Tensor, w: Tensor, bias: Tensor | None = None) -> bool:
 
 dense_linear = Op(
     "linear.dense",
-    Impl(
-        "triton_row",
-        dense_linear_row,
-        kinds={"cuda"},
-        archs=("sm_90",),
-        package="triton",
-        needs_device=True,
-        accepts=_is_row,
-    ),
+    triton_impl(dense_linear_row, _is_row, "triton_row", kinds={"cuda"}, archs=("sm_90",)),
     # The library serves what is left, by choice: nothing falls back.
     Impl("blas", dense_linear_torch, kinds={"cuda", "hip"}, needs_device=True),
     Impl("torch", dense_linear_torch),

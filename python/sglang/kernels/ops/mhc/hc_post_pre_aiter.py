@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv, next_power_of_2
+from sglang.kernels.launch import aiter_impl, cdiv, next_power_of_2
 from sglang.kernels.spec import Impl
-from sglang.srt.environ import envs
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +34,10 @@ def hc_post_pre_hip(
 
     folds = norm_weight is not None and norm_weight.dtype == x.dtype and x.shape[2] in HIP_NORMED_WIDTHS
     new_post, new_comb, out, streams = mhc_fused_post_pre(
-        row,
-        x,
-        post,
-        comb,
-        fn,
-        hc_scale=scale,
-        hc_base=base,
-        rms_eps=rms_eps,
-        hc_pre_eps=hc_eps,
-        hc_sinkhorn_eps=hc_eps,
-        hc_post_mult_value=2.0,
-        sinkhorn_repeat=iterations,
-        norm_weight=norm_weight if folds else None,
-        norm_eps=norm_eps,
-    )
+        row, x, post, comb, fn, hc_scale=scale, hc_base=base, rms_eps=rms_eps, hc_pre_eps=hc_eps,
+        hc_sinkhorn_eps=hc_eps, hc_post_mult_value=2.0, sinkhorn_repeat=iterations,
+        norm_weight=norm_weight if folds else None, norm_eps=norm_eps,
+    )  # fmt: skip
     return streams, out, new_post.view(post.shape), new_comb, folds
 
 
@@ -76,26 +64,10 @@ def hc_post_pre_aiter_triton(
     products, squares = partial_sums(num_rows, n, width, config, x.device)
     new_post, new_comb = torch.empty_like(post), torch.empty_like(comb)
     _, _, out, streams = mhc_post_pre(
-        row,
-        x,
-        post,
-        comb,
-        fn.t(),
-        alphas=scale,
-        bias=base,
-        n=n,
-        eps=rms_eps,
-        hc_pre_eps=hc_eps,
-        hc_post_mult_value=2.0,
-        sinkhorn_iters=iterations,
-        asymmetric_exp_domain=True,
-        hc_sinkhorn_eps=hc_eps,
-        h_post=new_post,
-        h_res=new_comb,
-        acc_partial=products,
-        acc_sq_partial=squares,
-        config=dict(config),
-    )
+        row, x, post, comb, fn.t(), alphas=scale, bias=base, n=n, eps=rms_eps, hc_pre_eps=hc_eps,
+        hc_post_mult_value=2.0, sinkhorn_iters=iterations, asymmetric_exp_domain=True, hc_sinkhorn_eps=hc_eps,
+        h_post=new_post, h_res=new_comb, acc_partial=products, acc_sq_partial=squares, config=dict(config),
+    )  # fmt: skip
     return streams, out, new_post, new_comb, False
 
 
@@ -145,13 +117,8 @@ def partial_sums(
 
 def aiter_impls() -> tuple[Impl, Impl]:
     """AITER's lines of the op table: where SGLANG_USE_AITER asks for it, on the architecture of sglang PR 26383."""
-    shared: dict[str, Any] = {
-        "kinds": {"hip"},
-        "archs": ("gfx95",),
-        "min_version": MIN_VERSION,
-        "enabled": lambda: envs.SGLANG_USE_AITER.get(),
-    }
+    limits: dict[str, Any] = {"archs": ("gfx95",), "min_version": MIN_VERSION}
     return (
-        Impl("aiter", hc_post_pre_hip, package=HIP_MODULE, accepts=fits_hip, **shared),
-        Impl("aiter_triton", hc_post_pre_aiter_triton, package=TRITON_MODULE, accepts=fits_triton, **shared),
+        aiter_impl(hc_post_pre_hip, fits_hip, package=HIP_MODULE, **limits),
+        aiter_impl(hc_post_pre_aiter_triton, fits_triton, "aiter_triton", TRITON_MODULE, **limits),
     )

@@ -116,7 +116,7 @@ def _expert_mask(experts: int, device: torch.device) -> Tensor:
 
 def _fused_moe(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, dtype: torch.dtype, quant: str,
-    **scales: Tensor | None,
+    w13_scale: Tensor | None = None, w2_scale: Tensor | None = None, x_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """AITER's experts, whose results are of ``dtype``; ``quant`` names one of its QuantType.
 
@@ -133,7 +133,7 @@ def _fused_moe(
     return fused_moe(
         x.contiguous(), w13, w2, topk_weight=F.pad(topk_weights, (0, 1)), topk_ids=torch.where(ids < 0, experts, ids),
         expert_mask=_expert_mask(experts, ids.device), activation=ActivationType.Silu,
-        quant_type=getattr(QuantType, quant), dtype=dtype, **scales,
+        quant_type=getattr(QuantType, quant), w1_scale=w13_scale, w2_scale=w2_scale, a1_scale=x_scale, dtype=dtype,
     )  # fmt: skip
 
 
@@ -142,8 +142,8 @@ def fused_experts_fp8_aiter(
     x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> Tensor:  # fmt: skip
     """``moe.fused_experts_fp8``, except that an expert may stand in a row twice only with weight 0."""
-    scales = {"w1_scale": w13_scale, "w2_scale": w2_scale, "a1_scale": x_scale}
-    return _fused_moe(x, w13, w2, topk_weights, topk_ids, dtype or x.dtype, "per_128x128", **scales)
+    scales = (w13_scale, w2_scale, x_scale)
+    return _fused_moe(x, w13, w2, topk_weights, topk_ids, dtype or x.dtype, "per_128x128", *scales)
 
 
 def fused_experts_mxfp4_aiter(
@@ -151,8 +151,8 @@ def fused_experts_mxfp4_aiter(
     limit: float | None = None,
 ) -> Tensor:  # fmt: skip
     """``moe.fused_experts_mxfp4`` with rows rounded to MXFP4 before each product; an expert stands in a row once."""
-    scales = {"w1_scale": w13_scale.view(torch.float8_e8m0fnu), "w2_scale": w2_scale.view(torch.float8_e8m0fnu)}
-    return _fused_moe(x, _as_pairs(w13), _as_pairs(w2), topk_weights, topk_ids, x.dtype, "per_1x32", **scales)
+    scales = (scale.view(torch.float8_e8m0fnu) for scale in (w13_scale, w2_scale))
+    return _fused_moe(x, _as_pairs(w13), _as_pairs(w2), topk_weights, topk_ids, x.dtype, "per_1x32", *scales)
 
 
 def _as_pairs(w: Tensor) -> Tensor:

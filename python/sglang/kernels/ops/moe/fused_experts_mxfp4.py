@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv, imports_gluon, next_power_of_2, triton_impl
+from sglang.kernels.launch import aiter_impl, cdiv, imports_gluon, next_power_of_2, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
 from sglang.kernels.ops.moe.fused_experts import PairOrder, order_pairs, routing_fits, weighted_sum
 from sglang.kernels.ops.moe.fused_experts_aiter import (
@@ -33,7 +33,6 @@ from sglang.kernels.ops.quant.mxfp4 import (
 )
 from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Impl, Op
-from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
 logger = logging.getLogger(__name__)
@@ -230,25 +229,8 @@ def random_experts(experts: int, rows: int, columns: int, generator: torch.Gener
 
 fused_experts_mxfp4 = Op(
     "moe.fused_experts_mxfp4",
-    Impl(
-        "aiter",
-        fused_experts_mxfp4_aiter,
-        kinds={"hip"},
-        archs=SCALED_ARCHS,
-        package="aiter",
-        min_version=MXFP4_SINCE,
-        enabled=lambda: envs.SGLANG_USE_AITER.get(),
-        accepts=fits_fused_mxfp4,
-    ),
-    Impl(
-        "triton_scaled",
-        fused_experts_mxfp4_scaled,
-        kinds={"hip"},
-        archs=SCALED_ARCHS,
-        package="triton",
-        needs_device=True,
-        accepts=_accepts_scaled,
-    ),
+    aiter_impl(fused_experts_mxfp4_aiter, fits_fused_mxfp4, archs=SCALED_ARCHS, min_version=MXFP4_SINCE),
+    triton_impl(fused_experts_mxfp4_scaled, _accepts_scaled, "triton_scaled", kinds={"hip"}, archs=SCALED_ARCHS),
     triton_impl(fused_experts_mxfp4_triton, _accepts),
     Impl("torch", fused_experts_mxfp4_torch),
 )

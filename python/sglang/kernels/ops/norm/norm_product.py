@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv, early_start, next_power_of_2
+from sglang.kernels.launch import cdiv, early_start, next_power_of_2, triton_impl
 from sglang.kernels.ops.linear.dense import ROW_MAX_ELEMENTS, dense_linear, dense_linear_torch
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm, fused_add_rms_norm_torch
 from sglang.kernels.ops.norm.rmsnorm import fits_triton, rms_norm, rms_norm_torch
@@ -74,15 +74,7 @@ def _accepts(
 
 norm_product = Op(
     "norm.norm_product",
-    Impl(
-        "triton_row",
-        norm_product_row,
-        kinds={"cuda"},
-        archs=("sm_90",),
-        package="triton",
-        needs_device=True,
-        accepts=_accepts,
-    ),
+    triton_impl(norm_product_row, _accepts, "triton_row", kinds={"cuda"}, archs=("sm_90",)),
     # What is left are ops that choose for themselves: nothing falls back.
     Impl("apart", norm_product_apart, kinds={"cuda", "hip"}, needs_device=True),
     Impl("torch", norm_product_torch),
