@@ -37,16 +37,9 @@ class GraphCheck:
     """
 
     def __init__(
-        self,
-        graphs: BucketGraphs[Any],
-        kind: StepKind,
-        eager: Run,
-        replay: Run,
-        memory: RankMemory,
-        pools: ModelPools,
-        vocab_size: int,
-        writes_table: bool = True,
-    ) -> None:
+        self, graphs: BucketGraphs[Any], kind: StepKind, eager: Run, replay: Run, memory: RankMemory, pools: ModelPools,
+        vocab_size: int, writes_table: bool = True,
+    ) -> None:  # fmt: skip
         self._graphs = graphs
         self._kind = kind
         self._eager = eager

@@ -28,14 +28,9 @@ class DeepseekV4Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        config: DeepseekV4Config,
-        layer_id: int,
-        rotary_emb: RotaryEmbedding,
-        quant_config: QuantConfig | None,
-        prefix: str,
-        overlap: StreamOverlap,
-    ) -> None:
+        self, config: DeepseekV4Config, layer_id: int, rotary_emb: RotaryEmbedding, quant_config: QuantConfig | None,
+        prefix: str, overlap: StreamOverlap,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.overlap = overlap
         tp = get_tp_group()
