@@ -1,6 +1,7 @@
 """Replies of the real HTTP server over a fake engine to bad requests, while good ones run."""
 
 import asyncio
+import gzip
 import logging
 import unittest
 from unittest import mock
@@ -196,7 +197,11 @@ class TestBadInput(FakeServerTestCase):
             for headers in ({"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}, {}):
                 reply = self.client.post(path, content=b'{"text": "a"}', headers=headers)
                 self.assertEqual((reply.status_code, reply.json()["type"]), (400, "Bad Request"))
-        good = self.client.post("/generate", content=b'{"text": "a"}', headers={"content-type": "Application/JSON; x"})
+        packed = {**JSON, "content-encoding": "gzip"}
+        reply = self.client.post("/generate", content=gzip.compress(b'{"text": "a"}'), headers=packed)
+        self.assertEqual((reply.status_code, "send the body uncompressed" in reply.text), (400, True))
+        headers = {"content-type": "Application/JSON; x", "content-encoding": "identity"}
+        good = self.client.post("/generate", content=b'{"text": "a"}', headers=headers)
         self.assertEqual(good.status_code, 200)
 
     def test_no_such_path_or_method(self):

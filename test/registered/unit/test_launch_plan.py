@@ -19,6 +19,7 @@ from sglang.srt.environ import envs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.utils.common import get_free_port
+from sglang.srt.utils.network import PortError, bind
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase
@@ -62,6 +63,12 @@ class TestEarlyErrors(CustomTestCase):
             self.check(["--port", port], 2, f"error: Cannot listen on 127.0.0.1 port {port}")
             # A port that stands next to a wrong flag may be a mistake too.
             self.check(["--port", port, "--tp", "0"], 2, "error: --tp-size must be at least 1, got 0\n")
+
+    def test_host(self) -> None:
+        """No name at all, and an address that is kept for documentation (RFC 5737)."""
+        for host in ("256.1.1.1", "192.0.2.1"):
+            with self.assertRaisesRegex(PortError, f"^Cannot listen on {host} port 1025: .*--host must be a name or"):
+                bind(host, 1025)
 
     def test_variables(self) -> None:
         self.check([], 2, "error: unknown environment variable SGLANG_USE_AITR", SGLANG_USE_AITR="1")

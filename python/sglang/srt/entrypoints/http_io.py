@@ -52,6 +52,8 @@ async def read_body(
         raise body_error(
             f"Unsupported media type {content_type!r}: send the body as JSON with Content-Type: application/json."
         )
+    if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise body_error(f"Content-Encoding {encoding!r:.40} is not supported: send the body uncompressed.")
     data = bytearray()
     try:
         async for chunk in request.stream():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 
@@ -54,7 +55,7 @@ def listen(listener: socket.socket) -> None:
 
 
 def _port_error(host: str, port: int, error: OSError) -> PortError:
-    return PortError(
-        f"Cannot listen on {host} port {port}: {error.strerror or error}. Is another server running there? "
-        "Stop it, or choose another --port."
-    )
+    advice = "Is another server running there? Stop it, or choose another --port."
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        advice = "--host must be a name or an address of this machine, such as 127.0.0.1; 0.0.0.0 means all."
+    return PortError(f"Cannot listen on {host} port {port}: {error.strerror or error}. {advice}")
