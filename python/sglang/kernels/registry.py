@@ -183,14 +183,6 @@ class KernelRegistry:
             self._forced = parse_forcing(envs.SGLANG_KERNELS.get())
         return self._forced
 
-    def reset(self) -> None:
-        """Forget preferences and what was forced; every op is decided again at its next call."""
-        self._preferred.clear()
-        self._forced = None
-        for op in self.ops.values():
-            op.set_table(None)
-        self.records.clear()
-
     def _decide(self, op: OpSpec) -> None:
         verdicts = {impl.name: self._verdict(impl) for impl in op.impls}
         wanted = self._forcing().get(op.name)

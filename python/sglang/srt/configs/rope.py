@@ -32,14 +32,6 @@ class RopeConfig:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> RopeConfig:
-        """Read ``rope_parameters``, or ``rope_scaling`` with ``rope_theta``; raises ConfigError with every bad key."""
-        reader = ConfigReader(config)
-        rope = read_rope(reader)
-        reader.finish()
-        return rope
-
     def magnitude(self, mscale: float) -> float:
         """YaRN's m(a) = 0.1 a ln(factor) + 1, and 1 without extension."""
         if self.rope_type != "yarn" or self.factor <= 1.0:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from sglang.srt.configs.deepseek import DeepseekConfig
-from sglang.srt.configs.errors import ConfigError
+from sglang.srt.configs.errors import ConfigError, ConfigReader
 from sglang.srt.configs.model_config import SUPPORTED_ARCHITECTURES, ModelConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
-from sglang.srt.configs.rope import RopeConfig
+from sglang.srt.configs.rope import RopeConfig, read_rope
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -207,9 +207,9 @@ class TestReleasedShapes(ConfigFolderTestCase):
         self.assertEqual(ModelConfig.from_path(self.folder(V3_HUB)).eos_token_ids, (1,))
 
     def test_rope_spellings(self):
-        self.assertEqual(RopeConfig.from_hf({"rope_theta": 5e5}), RopeConfig(theta=5e5))
+        self.assertEqual(read_rope(ConfigReader({"rope_theta": 5e5})), RopeConfig(theta=5e5))
         yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e7}
-        rope = RopeConfig.from_hf({"rope_parameters": yarn, "max_position_embeddings": 1024})
+        rope = read_rope(ConfigReader({"rope_parameters": yarn, "max_position_embeddings": 1024}))
         self.assertEqual(rope.original_max_position_embeddings, 1024)
         self.assertAlmostEqual(rope.cos_sin_scale, 1.1386294361119891, places=12)
 
