@@ -276,6 +276,39 @@ class TestOverlap(CustomTestCase):
             self.assertEqual(setup.channel.cached["r1"], cached)
             self.assertEqual(events.index("result 0") < events.index("forward 1"), cached > 0)
 
+    def test_prompts_that_begin_alike_are_computed_once(self) -> None:
+        """Four samples of one prompt, and pairs: the first of each pair fill the step in which the others wait."""
+        sample = [3 + number % 20 for number in range(40)]
+        pairs = [[*[first] * 35, last] for first in (30, 31, 32) for last in (40, 41)]
+        # Prompt rows that are computed: with a state, the second sample finds where a third one needs a copy of it.
+        kinds: list[tuple[dict[str, Any], list[list[int]], int, int]] = [
+            ({}, [sample] * 4, 40 + 3, 2),
+            ({"overlap": True}, [sample] * 4, 40 + 3, 2),
+            ({"page": 8}, [sample] * 4, 40 + 3 * 8, 2),
+            ({"hybrid": True}, [sample] * 4, 40 + 40 + 2, 3),
+            ({"radix": False}, [sample] * 4, 4 * 40, 1),
+            ({}, pairs, 3 * 36 + 3, 2),
+            ({"overlap": True, "policy": "lpm"}, pairs, 3 * 36 + 3, 2),
+            ({}, [[*[first] * 31, last] for first in (30, 31) for last in (40, 41)], 4 * 32, 1),
+        ]
+        for options, prompts, rows, steps in kinds:
+            with self.subTest(options, prompts=len(prompts)):
+                setup = make(chunk=256, **options)
+                self.submit(setup, prompts)
+                setup.run()
+                self.check_outputs(setup, prompts)
+                self.assertEqual(setup.worker.num_extend_rows, rows)
+                self.assertEqual(len(setup.channel.started), steps)
+
+    def test_a_prompt_waits_for_nothing_that_it_cannot_use(self) -> None:
+        """Its log-probabilities need all of its rows."""
+        setup = make(overlap=True, chunk=256)
+        self.submit(setup, [[5] * 60] * 3)
+        for message in setup.channel.inbox:
+            message.return_logprob, message.logprob_start_len = True, 0
+        setup.turn()
+        self.assertEqual(setup.worker.num_extend_rows, 3 * 60)
+
     def test_a_faulty_chunk_ends_its_request_whose_next_chunk_is_in_flight(self) -> None:
         """With and without room for that chunk at once; the others are served and what it computed is not cached."""
         prompts = [[*range(10, 17), BAD, *range(10, 30)], [5] * 8, [6] * 20]

@@ -148,8 +148,10 @@ class Req:
 
     def shares(self, other: Req, num_tokens: int) -> bool:
         """Whether both prompts begin with the same ``num_tokens`` tokens."""
-        mine, its = self._prompt[:num_tokens], other._prompt[:num_tokens]
-        return len(mine) == num_tokens and np.array_equal(mine, its)
+        mine, its = self.origin_input_ids, other.origin_input_ids
+        if min(len(mine), len(its)) < num_tokens or mine[num_tokens - 1] != its[num_tokens - 1]:
+            return False
+        return np.array_equal(self._prompt[:num_tokens], other._prompt[:num_tokens])
 
     def next_input_row(self) -> int | None:
         """The first prompt row whose log-probability is requested and not computed yet; None if there is none."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.tree_node import MatchResult
 
 # Cap on the room reserved for future tokens of a running request, so that large limits do not block admission.
 CLIP_NEW_TOKENS = 4096
 # Longest-prefix-match order costs one match per request; beyond this many the queue stays in arrival order.
 LPM_MAX_QUEUE = 128
-# A request waits for the step in flight if that computes at least so many of its next tokens.
+# A request waits for a step that computes at least so many of its next tokens for another one.
 MIN_SHARED_TOKENS = 32
 
 
@@ -105,15 +107,36 @@ class PrefillPlanner:
         self._room -= needed.at_least(taken)
         return added
 
-    def add_waiting(self, req: Req) -> bool:
+    def take_waiting(self, queue: list[Req]) -> list[str]:
+        """Move requests from the queue into this step, in order, while they fit; their ids.
+
+        A request stays for a later step if its next tokens are computed for another one, in this step or in the one in
+        flight: it then finds them in the prefix cache. Those after it may go first.
+        """
+        before = len(self.reqs)
+        for req in queue:
+            if self.is_full:
+                break
+            match = self._memory.match(req)
+            if not self._is_computed(req, match) and not self._add_waiting(req, match):
+                break
+        taken = self.reqs[before:]
+        for req in taken:
+            queue.remove(req)
+        return [req.rid for req in taken]
+
+    def _is_computed(self, req: Req, match: MatchResult) -> bool:
+        """Whether a longer prefix than ``match`` is being computed that the request may use."""
+        upto = match.slot_ids.numel() + max(MIN_SHARED_TOKENS, self._memory.page_size)
+        if self._memory.tree.disable or upto > req.max_prefix_len():
+            return False
+        return any(req.shares(other, upto) for other in itertools.chain(self._in_flight, self.reqs))
+
+    def _add_waiting(self, req: Req, match: MatchResult) -> bool:
         """Admit a waiting request; False, with nothing changed, when it must wait."""
         if self._num_running + len(self.reqs) >= self._limits.max_running_requests:
             return False
         memory = self._memory
-        match = memory.match(req)
-        upto = match.slot_ids.numel() + MIN_SHARED_TOKENS
-        if not memory.tree.disable and any(req.shares(other, upto) for other in self._in_flight):
-            return False
         before = memory.room()
         memory.tree.inc_lock_ref(match.node)
         room = self._room - (before - memory.room())

@@ -294,15 +294,8 @@ class Scheduler:
         held_back = [req for req in self.chunked_reqs if not planner.add_chunked(req)]
         if not held_back:
             order_waiting(self.waiting_queue, self.config.args.schedule_policy, self.memory)
-            admitted = 0
-            for req in self.waiting_queue:
-                if planner.is_full or not planner.add_waiting(req):
-                    break
-                admitted += 1
-            if admitted:
-                rids = [req.rid for req in self.waiting_queue[:admitted]]
+            if rids := planner.take_waiting(self.waiting_queue):
                 self.channel.to_tokenizer(StartedReqs(rids=rids, at=time.perf_counter()))
-            del self.waiting_queue[:admitted]
         if not planner.reqs:
             return None
         reqs, ends = planner.reqs, planner.ends
