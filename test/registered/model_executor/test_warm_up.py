@@ -166,6 +166,11 @@ class TestCompiledKernels(CustomTestCase):
             for batch in (1, 3, 5, 9, 100, 127):
                 warm_up.run_step(runner, warm_up._decode_batch(runner, batch))
                 self.assertEqual({x.kernel for x in driver.launches if x.digest not in met}, set(), f"decode {batch}")
+            for fields, masked in warm_up.SAMPLINGS:
+                for batch in (1, 5, 9):
+                    warm_up.run_step(runner, warm_up._decode_batch(runner, batch), None, fields, masked)
+                new = {x.kernel for x in driver.launches if x.digest not in met}
+                self.assertEqual(new, set(), f"{fields}, masked {masked}")
 
     def test_pieces_of_one_upload_may_start_anywhere(self) -> None:
         upload = torch.empty(64, dtype=torch.int64, device="meta")

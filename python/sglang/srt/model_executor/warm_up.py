@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -33,6 +34,18 @@ SHORT_REQUESTS = (2, 4, 8, 16)
 MANY_REQUESTS = ((1, 1000),) * 512
 # A one-token request mixed with longer ones: GDN layers split such a batch and read gathered rows.
 MIXED = ((1, 64), (77, 0), (2, 64))
+
+GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 1.0}
+# Sampling parameters of the commonest requests, and whether their output has a constraint: what a kernel does not need
+# for any row of a batch is left out of it.
+SAMPLINGS: tuple[tuple[dict[str, float], bool], ...] = (
+    (SAMPLED, False),
+    (SAMPLED | {"top_p": 0.95}, False),
+    (SAMPLED | {"top_p": 0.95, "top_k": 20}, False),
+    (SAMPLED | {"frequency_penalty": 1.0}, False),
+    (SAMPLED, True),
+    (GREEDY, True),
+)
 
 # One step: new and cached tokens of each request.
 WarmUpStep = tuple[tuple[int, int], ...]
@@ -91,16 +104,30 @@ def _run_steps(
     try:
         for step in tqdm(steps, desc="Warming kernels up", unit="step", disable=None):
             run_step(runner, _extend_batch(runner, step, drafts=run is not None), run)
+        for fields, masked in SAMPLINGS:
+            run_step(runner, _extend_batch(runner, ((1, 0),), drafts=run is not None), run, fields, masked)
         for batch in sorted({*powers_of_two(runner.req_to_token_pool.size), runner.req_to_token_pool.size}):
             run_step(runner, _decode_batch(runner, batch, kind), run)
     finally:
         runner.decode_graphs, runner.extend_graphs = graphs
 
 
-def run_step(runner: ModelRunner, batch: ModelWorkerBatch, run: RunStep | None = None) -> None:
-    """Forward and greedy sampling of ``batch``, whose rows all are in the dummy page; or ``run``, if given."""
-    rows = [SamplingRow(SamplingParams(temperature=0.0), 0, (), ()) for _ in range(batch.batch_size)]
-    info = SamplingBatchInfo.from_rows(rows, runner.model_config.vocab_size, runner.device)
+def run_step(
+    runner: ModelRunner,
+    batch: ModelWorkerBatch,
+    run: RunStep | None = None,
+    fields: Mapping[str, Any] = GREEDY,
+    masked: bool = False,
+) -> None:
+    """Forward and sampling of ``batch``, whose rows all are in the dummy page; or ``run``, if given.
+
+    ``fields`` are those of SamplingParams; ``masked`` rows may sample every id, as a constraint says.
+    """
+    vocab = runner.model_config.vocab_size
+    rows = [SamplingRow(SamplingParams(**fields), 0, (), ()) for _ in range(batch.batch_size)]
+    info = SamplingBatchInfo.from_rows(rows, vocab, runner.device)
+    if masked:
+        info.vocab_mask = torch.full((len(rows), -(-vocab // 32)), -1, dtype=torch.int32, device=runner.device)
     if run is None:
         runner.sample(runner.forward(batch), info, batch)
     else:
