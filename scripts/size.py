@@ -34,7 +34,7 @@ BUDGETS = {
     "sglang/srt/layers": 4_945,  # a norm gives one row multiplied; attention takes its gate
     "sglang/srt/managers": 5_260,  # prefill steps are launched one ahead of results; warnings of requests
     "sglang/srt/mem_cache": 1_855,
-    "sglang/srt/model_executor": 2_435,  # prompt steps are captured and checked
+    "sglang/srt/model_executor": 2_445,  # prompt steps are captured and checked; warm-up samples as requests do
     "sglang/srt/model_loader": 330,
     "sglang/srt/models": 2_145,  # models name the product that their norms precede
     "sglang/srt/parser": 710,  # types of arguments follow the references of their schemas
