@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import unittest
 from collections.abc import Callable
@@ -256,6 +257,37 @@ class TestKindsOfFault(CustomTestCase):
                 # The model's own rows were sound where the request's edits alone were not.
                 cached = setup.memory.tree.match_prefix(list(range(8, 28))).slot_ids.numel()
                 self.assertEqual(cached, 20 if fault == RowFault.EDITED else 0)
+
+    def run_scored(self, value: float, chunk: int | None) -> Any:
+        """A request for log-probabilities of its prompt, of which the first step gives -1 and ``value``."""
+        setup = fakes.make(chunk=chunk)
+        forward = setup.worker.forward
+
+        def scored(batch: ModelWorkerBatch) -> Any:
+            step = forward(batch)
+            prompts = {0: [HostLogprobs([-1.0, value], [], [])]} if setup.worker.num_steps == 1 else {}
+            found = HostLogprobs([-1.0] * batch.batch_size, [], [])
+            step.output = replace(step.output, logprobs=found, prompt_logprobs=prompts)
+            return step
+
+        setup.worker.forward = scored
+        message = fakes.request("a", list(range(8, 28)), 6)
+        message.return_logprob, message.logprob_start_len = True, 0
+        setup.channel.inbox.append(message)
+        setup.run()
+        return setup
+
+    def test_a_prompt_row_that_is_not_a_number(self) -> None:
+        """The last row of a prompt may be sound where another one, whose log-probability was asked for, is not."""
+        for value, ends in ((-2.0, False), (-math.inf, False), (math.nan, True)):
+            for chunk in (None, 8):
+                with self.subTest(value=value, chunk=chunk):
+                    setup = self.run_scored(value, chunk)
+                    reason = setup.channel.reasons["a"]
+                    self.assertEqual(reason.type == "abort", ends)
+                    if ends:
+                        self.assertIn("not numbers", reason.message)
+                        self.assertEqual(setup.memory.tree.match_prefix(list(range(8, 28))).kv_len, 0)
 
     def test_rows_that_draw_nothing_are_judged_by_the_models_logits_alone(self) -> None:
         for fault, ends in ((RowFault.LOGITS, True), (RowFault.EDITED, False), (RowFault.TOKEN_ID, False)):

@@ -431,12 +431,13 @@ class Scheduler:
         """
         try:
             for number, fault in enumerate(output.row_faults[index]):
+                if req.return_logprob and number == 0:
+                    sound = record_input_logprobs(req, output.prompt_logprobs.get(index, ()))
+                    fault = fault if sound else RowFault.LOGITS
                 if fault and (fault == RowFault.LOGITS or (max_new and req.max_new_tokens)):
                     req.finish_reason = fault_reason(req, RowFault(fault))
                     self.metrics.num_aborted_reqs += 1
                     return fault
-                if req.return_logprob and number == 0:
-                    record_input_logprobs(req, output.prompt_logprobs.get(index, ()))
                 if max_new:
                     self._take_in(req, index, number, output)
                 if req.finish_reason is not None:

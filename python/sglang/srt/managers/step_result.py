@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def record_input_logprobs(req: Req, blocks: Sequence[HostLogprobs]) -> None:
-    """Append the prompt log-probabilities that the request got from a step."""
+def record_input_logprobs(req: Req, blocks: Sequence[HostLogprobs]) -> bool:
+    """Append the prompt log-probabilities that the request got from a step; whether none of them is NaN."""
     target = req.input_logprobs
     for block in blocks:
         assert target is not None
@@ -33,6 +34,7 @@ def record_input_logprobs(req: Req, blocks: Sequence[HostLogprobs]) -> None:
             target.top.extend(block.top)
         if req.token_ids_logprob:
             target.chosen.extend(block.chosen)
+    return not any(math.isnan(value) for block in blocks for value in block.token)
 
 
 def record_output_logprobs(req: Req, step: HostLogprobs, row: int, token_id: int) -> None:
