@@ -31,9 +31,18 @@ class EnvField(ABC, Generic[T]):
     expected = "a value"
 
     def __init__(
-        self, default: T, *, doc: str, minimum: float | None = None, choices: Sequence[str | int] = (), unit: str = "",
-        platform: str = "", secret: bool = False, requires: str = "", pending: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        default: T,
+        *,
+        doc: str,
+        minimum: float | None = None,
+        choices: Sequence[str | int] = (),
+        unit: str = "",
+        platform: str = "",
+        secret: bool = False,
+        requires: str = "",
+        pending: str = "",
+    ) -> None:
         if not doc.strip():
             raise TypeError("an environment variable needs a doc")
         self.name = self.section = ""

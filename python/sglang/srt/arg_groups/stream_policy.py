@@ -233,9 +233,14 @@ def choose_fusion(args: ServerArgs, refusal: str = "", must_fuse: str = "") -> F
 
 
 def plan_streams(
-    args: ServerArgs, refusal: str = "", names: Collection[str] | None = None, must_fuse: str = "",
-    platform: Any = current_platform, arch: str | None = None, variables: Mapping[str, str] | None = None,
-) -> StreamPlan:  # fmt: skip
+    args: ServerArgs,
+    refusal: str = "",
+    names: Collection[str] | None = None,
+    must_fuse: str = "",
+    platform: Any = current_platform,
+    arch: str | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> StreamPlan:
     """The plan of this process, from its platform, its environment and resolved ``args``.
 
     refusal: why this model's shared experts cannot be computed as routed ones; "" if they can. must_fuse: why they
@@ -255,10 +260,14 @@ def stream_variables(
 
 
 def resolve_streams(
-    platform: Platform, settings: StreamSettings, args: ServerArgs, fusion: FusionChoice = FusionChoice(),
-    measured: Mapping[tuple[str, str], ModeTimes] = MEASURED, names: Collection[str] | None = None,
+    platform: Platform,
+    settings: StreamSettings,
+    args: ServerArgs,
+    fusion: FusionChoice = FusionChoice(),
+    measured: Mapping[tuple[str, str], ModeTimes] = MEASURED,
+    names: Collection[str] | None = None,
     arch: str | None = None,
-) -> StreamPlan:  # fmt: skip
+) -> StreamPlan:
     """Decide the sites ``names`` (None: all); steps that fuse shared experts have nothing left to overlap."""
     sites, warnings = [], []
     rules = SITE_RULES if names is None else tuple(rule for rule in SITE_RULES if rule.name in names)

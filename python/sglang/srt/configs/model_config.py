@@ -85,11 +85,18 @@ class ModelConfig:
 
     @classmethod
     def from_path(
-        cls, model_path: str, *, json_model_override_args: dict[str, Any] | None = None,
-        context_length: int | None = None, dtype: str = "auto", platform_kind: str = "cpu",
-        quantization: str | None = None, dequantize_mxfp4: bool = False, kv_cache_dtype: str = "auto",
+        cls,
+        model_path: str,
+        *,
+        json_model_override_args: dict[str, Any] | None = None,
+        context_length: int | None = None,
+        dtype: str = "auto",
+        platform_kind: str = "cpu",
+        quantization: str | None = None,
+        dequantize_mxfp4: bool = False,
+        kv_cache_dtype: str = "auto",
         use_generation_defaults: bool = True,
-    ) -> ModelConfig:  # fmt: skip
+    ) -> ModelConfig:
         """Read ``model_path``/config.json and generation_config.json.
 
         ``dtype`` "auto" is float32 on the platform kind "cpu" and the checkpoint's dtype elsewhere. ``quantization``

@@ -180,9 +180,15 @@ def is_dp_attention_enabled() -> bool:
 
 
 def init_parallel_state(
-    rank: int, world_size: int, init_method: str, backend: str, timeout_s: float, attn_dp_size: int = 1,
-    ep_size: int = 1, local_rank: int | None = None,
-) -> ParallelState:  # fmt: skip
+    rank: int,
+    world_size: int,
+    init_method: str,
+    backend: str,
+    timeout_s: float,
+    attn_dp_size: int = 1,
+    ep_size: int = 1,
+    local_rank: int | None = None,
+) -> ParallelState:
     """Join the ``world_size`` ranks of a replica at ``init_method`` (e.g. ``tcp://127.0.0.1:29500``).
 
     ``local_rank`` None means ``rank``: this replica is the only one on the host. Raises ValueError when

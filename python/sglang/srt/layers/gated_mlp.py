@@ -16,9 +16,14 @@ class GatedMLP(nn.Module):
     """``down(silu(gate x) * up x)``, a part unless reduced; ``swiglu_limit`` as in ``activation.silu_and_mul``."""
 
     def __init__(
-        self, hidden: int, intermediate: int, reduce_results: bool = True, quant_config: QuantConfig | None = None,
-        prefix: str = "", swiglu_limit: float | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        hidden: int,
+        intermediate: int,
+        reduce_results: bool = True,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+        swiglu_limit: float | None = None,
+    ) -> None:
         super().__init__()
         self.swiglu_limit = swiglu_limit
         self.gate_up_proj = MergedColumnParallelLinear(

@@ -77,9 +77,14 @@ class ColumnParallelLinear(_ShardedLinear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int | Sequence[int], bias: bool = False,
-        quant_config: QuantConfig | None = None, prefix: str = "", dequantize: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int | Sequence[int],
+        bias: bool = False,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+        dequantize: bool = False,
+    ) -> None:
         ranks = self._ranks()
         widths = {None: out_features} if isinstance(out_features, int) else dict(enumerate(out_features))
         sections: dict[ShardId, ShardSlice] = {}
@@ -118,9 +123,15 @@ class QKVParallelLinear(_ShardedLinear):
     """
 
     def __init__(
-        self, hidden: int, head_size: int, num_heads: int, num_kv_heads: int, q_multiplier: int = 1,
-        quant_config: QuantConfig | None = None, prefix: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        hidden: int,
+        head_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        q_multiplier: int = 1,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+    ) -> None:
         tp = get_tp_group()
         self.num_heads = _divide(num_heads, tp.size, "number of query heads")
         if num_kv_heads >= tp.size:
@@ -146,9 +157,14 @@ class RowParallelLinear(_ShardedLinear):
     """Input columns are split over the ranks; outputs are summed over them unless ``reduce_results`` is False."""
 
     def __init__(
-        self, in_features: int, out_features: int, reduce_results: bool = True, bias: bool = False,
-        quant_config: QuantConfig | None = None, prefix: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        reduce_results: bool = True,
+        bias: bool = False,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+    ) -> None:
         if bias and not reduce_results:
             raise ValueError("a bias needs reduced results: it must be added once, not once per rank")
         tp = get_tp_group()

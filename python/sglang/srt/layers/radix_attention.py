@@ -13,9 +13,14 @@ class RadixAttention(nn.Module):
     """
 
     def __init__(
-        self, num_heads: int, head_dim: int, scaling: float, num_kv_heads: int, layer_id: int,
+        self,
+        num_heads: int,
+        head_dim: int,
+        scaling: float,
+        num_kv_heads: int,
+        layer_id: int,
         v_head_dim: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim

@@ -38,10 +38,14 @@ class Sampler(torch.nn.Module):
         self._chosen = ChosenIds()
 
     def forward(
-        self, logits_output: LogitsProcessorOutput, sampling_info: SamplingBatchInfo, return_logprob: bool = False,
-        top_logprobs_nums: Sequence[int] = (), token_ids_logprobs: Sequence[Sequence[int] | None] = (),
+        self,
+        logits_output: LogitsProcessorOutput,
+        sampling_info: SamplingBatchInfo,
+        return_logprob: bool = False,
+        top_logprobs_nums: Sequence[int] = (),
+        token_ids_logprobs: Sequence[Sequence[int] | None] = (),
         positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """``next_token_ids`` [B] from ``logits_output.next_token_logits`` [B, V] float; int64, AITER's are int32.
 
         ``positions`` [B] int64 is the index in its sequence of the token to be sampled; needed unless all rows are

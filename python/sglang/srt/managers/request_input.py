@@ -22,9 +22,15 @@ class RequestError(Exception):
     """
 
     def __init__(
-        self, message: str, status_code: int = 400, err_type: str = "BadRequestError",
-        headers: dict[str, str] | None = None, *, param: str | None = None, code: str | None = None,
-    ):  # fmt: skip
+        self,
+        message: str,
+        status_code: int = 400,
+        err_type: str = "BadRequestError",
+        headers: dict[str, str] | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+    ):
         super().__init__(message)
         self.message = message
         self.status_code = status_code

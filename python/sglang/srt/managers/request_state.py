@@ -45,9 +45,15 @@ class RequestState:
     """One request in flight: what has arrived, and how much of it the reader has received."""
 
     def __init__(
-        self, single: SingleRequest, rid: str, wire_rid: str, group: RequestGroup, text_of: TokenText, num_tokens: int,
+        self,
+        single: SingleRequest,
+        rid: str,
+        wire_rid: str,
+        group: RequestGroup,
+        text_of: TokenText,
+        num_tokens: int,
         show_dp_rank: bool,
-    ):  # fmt: skip
+    ):
         self.rid = rid
         self.wire_rid = wire_rid
         self.index = len(group.states)

@@ -61,9 +61,15 @@ class Scheduler:
     """
 
     def __init__(
-        self, config: SchedulerConfig, worker: TpModelWorker, memory: ReqMemory, channel: SchedulerChannel,
-        stop_checker: StopChecker, sync: DpStepSync | None = None, grammars: GrammarManager | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        config: SchedulerConfig,
+        worker: TpModelWorker,
+        memory: ReqMemory,
+        channel: SchedulerChannel,
+        stop_checker: StopChecker,
+        sync: DpStepSync | None = None,
+        grammars: GrammarManager | None = None,
+    ) -> None:
         if memory.step_width != worker.decode_kind.rows_per_request:
             rows = worker.decode_kind.rows_per_request
             raise ValueError(f"a decode step has {rows} rows per request, but its slots are for {memory.step_width}")

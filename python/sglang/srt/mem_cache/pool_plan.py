@@ -30,11 +30,20 @@ class PoolPlan:
 
 
 def plan_pool_sizes(
-    *, available_bytes: int, layout: CacheLayout, max_running_requests: int, page_size: int = 1,
-    request_table_bytes: int = 0, max_total_tokens: int | None = None, max_mamba_cache_size: int | None = None,
-    disable_radix_cache: bool = False, useful_tokens: int | None = None, useful_state_slots: int | None = None,
-    swa_full_tokens_ratio: float | None = None, useful_step_tokens: int = 0,
-) -> PoolPlan:  # fmt: skip
+    *,
+    available_bytes: int,
+    layout: CacheLayout,
+    max_running_requests: int,
+    page_size: int = 1,
+    request_table_bytes: int = 0,
+    max_total_tokens: int | None = None,
+    max_mamba_cache_size: int | None = None,
+    disable_radix_cache: bool = False,
+    useful_tokens: int | None = None,
+    useful_state_slots: int | None = None,
+    swa_full_tokens_ratio: float | None = None,
+    useful_step_tokens: int = 0,
+) -> PoolPlan:
     """Size the pools of one rank for ``available_bytes``, of which the table of requests' slots takes its part first.
 
     A model without recurrent states gives everything to KV. A hybrid splits the memory

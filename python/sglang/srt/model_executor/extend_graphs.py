@@ -55,10 +55,17 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
     unit = "tokens"
 
     def __init__(
-        self, forward: Callable[[ForwardBatch], LogitsProcessorOutput], backend: AttentionBackendLike,
-        buckets: Sequence[int], max_requests: int, max_context_len: int, device: torch.device, padding_row: int,
-        has_state: bool, world: ProcessGroupHandle | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        forward: Callable[[ForwardBatch], LogitsProcessorOutput],
+        backend: AttentionBackendLike,
+        buckets: Sequence[int],
+        max_requests: int,
+        max_context_len: int,
+        device: torch.device,
+        padding_row: int,
+        has_state: bool,
+        world: ProcessGroupHandle | None = None,
+    ) -> None:
         super().__init__("extend", buckets, device, world)
         self._max_requests = max_requests
         self._forward = forward

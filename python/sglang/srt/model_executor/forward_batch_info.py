@@ -139,10 +139,15 @@ class ModelWorkerBatch:
 
     @classmethod
     def uniform(
-        cls, kind: StepKind, req_pool_indices: Sequence[int], seq_lens: Sequence[int], out_cache_loc: torch.Tensor,
-        state_slot_ids: Sequence[int] | None = None, logprobs: Sequence[LogprobRequest | None] = (),
+        cls,
+        kind: StepKind,
+        req_pool_indices: Sequence[int],
+        seq_lens: Sequence[int],
+        out_cache_loc: torch.Tensor,
+        state_slot_ids: Sequence[int] | None = None,
+        logprobs: Sequence[LogprobRequest | None] = (),
         tells_drafts: bool = False,
-    ) -> ModelWorkerBatch:  # fmt: skip
+    ) -> ModelWorkerBatch:
         """The last ``kind.rows_per_request`` tokens of each request; their ids are on the device.
 
         out_cache_loc [B * R] int64: slots from the step's first position on, at least one per row.
@@ -170,11 +175,17 @@ class ModelWorkerBatch:
 
     @classmethod
     def extend(
-        cls, req_pool_indices: Sequence[int], prefix_lens: Sequence[int], seq_lens: Sequence[int],
-        input_ids: torch.Tensor, out_cache_loc: torch.Tensor, state_slot_ids: Sequence[int] | None = None,
-        forward_mode: ForwardMode = ForwardMode.EXTEND, logprobs: Sequence[LogprobRequest | None] = (),
+        cls,
+        req_pool_indices: Sequence[int],
+        prefix_lens: Sequence[int],
+        seq_lens: Sequence[int],
+        input_ids: torch.Tensor,
+        out_cache_loc: torch.Tensor,
+        state_slot_ids: Sequence[int] | None = None,
+        forward_mode: ForwardMode = ForwardMode.EXTEND,
+        logprobs: Sequence[LogprobRequest | None] = (),
         successors: list[int] | None = None,
-    ) -> ModelWorkerBatch:  # fmt: skip
+    ) -> ModelWorkerBatch:
         """The tokens ``prefix_lens[i] .. seq_lens[i]`` of each request; ``input_ids`` [N] packed by request."""
         spans = list(zip(prefix_lens, seq_lens, strict=True))
         return cls(

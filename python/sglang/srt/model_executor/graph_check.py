@@ -37,9 +37,16 @@ class GraphCheck:
     """
 
     def __init__(
-        self, graphs: BucketGraphs[Any], kind: StepKind, eager: Run, replay: Run, memory: RankMemory, pools: ModelPools,
-        vocab_size: int, writes_table: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        graphs: BucketGraphs[Any],
+        kind: StepKind,
+        eager: Run,
+        replay: Run,
+        memory: RankMemory,
+        pools: ModelPools,
+        vocab_size: int,
+        writes_table: bool = True,
+    ) -> None:
         self._graphs = graphs
         self._kind = kind
         self._eager = eager

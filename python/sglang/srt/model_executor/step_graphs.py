@@ -165,10 +165,18 @@ class StepGraphs(BucketGraphs[StepOutput]):
     """
 
     def __init__(
-        self, kind: StepKind, forward: Callable[[ForwardBatch], StepOutput], backend: AttentionBackendLike,
-        buckets: Sequence[int], max_context_len: int, device: torch.device, padding_row: int, has_state: bool,
-        num_groups: int = 1, world: ProcessGroupHandle | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        kind: StepKind,
+        forward: Callable[[ForwardBatch], StepOutput],
+        backend: AttentionBackendLike,
+        buckets: Sequence[int],
+        max_context_len: int,
+        device: torch.device,
+        padding_row: int,
+        has_state: bool,
+        num_groups: int = 1,
+        world: ProcessGroupHandle | None = None,
+    ) -> None:
         super().__init__(kind.name, buckets, device, world)
         self._forward = forward
         self._backend = backend

@@ -26,9 +26,15 @@ class DeepseekV2DecoderLayer(DecoderLayer):
     """Latent attention, and a dense or MoE feed-forward."""
 
     def __init__(
-        self, config: DeepseekConfig, layer_id: int, rotary_emb: RotaryEmbedding, overlap: StreamOverlap,
-        quant_config: QuantConfig | None = None, fuse_shared: bool = False, prefix: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        config: DeepseekConfig,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        overlap: StreamOverlap,
+        quant_config: QuantConfig | None = None,
+        fuse_shared: bool = False,
+        prefix: str = "",
+    ) -> None:
         super().__init__(config, RMSNorm)
         prefix = prefix or f"model.layers.{layer_id}"
         self.self_attn = DeepseekV2AttentionMLA(config, layer_id, rotary_emb, quant_config, f"{prefix}.self_attn")

@@ -103,10 +103,14 @@ class DeepseekV4DecoderLayer(nn.Module):
     is_moe = True
 
     def __init__(
-        self, config: DeepseekV4Config, layer_id: int, rotary_emb: RotaryEmbedding,
-        quant_config: QuantConfig | None = None, compression: StreamOverlap | None = None,
+        self,
+        config: DeepseekV4Config,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        quant_config: QuantConfig | None = None,
+        compression: StreamOverlap | None = None,
         shared_experts: StreamOverlap | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         prefix = f"model.layers.{layer_id}"
         self.hc_attn, self.hc_ffn = HyperConnection(config), HyperConnection(config)

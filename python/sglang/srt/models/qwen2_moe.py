@@ -32,10 +32,16 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
     """
 
     def __init__(
-        self, layer_id: int, config: Qwen3_5Config, quant_config: QuantConfig | None = None,
-        alt_stream: torch.cuda.Stream | None = None, prefix: str = "", is_nextn: bool = False,
-        support_shared_expert_fusion: bool = False, site: OverlapSite = UNRESTRICTED,
-    ) -> None:  # fmt: skip
+        self,
+        layer_id: int,
+        config: Qwen3_5Config,
+        quant_config: QuantConfig | None = None,
+        alt_stream: torch.cuda.Stream | None = None,
+        prefix: str = "",
+        is_nextn: bool = False,
+        support_shared_expert_fusion: bool = False,
+        site: OverlapSite = UNRESTRICTED,
+    ) -> None:
         super().__init__()
         self.layer_id = layer_id
         self.prefix = prefix

@@ -171,9 +171,14 @@ class Qwen3_5Attention(nn.Module):
     """
 
     def __init__(
-        self, config: Qwen3_5Config, layer_id: int, rotary_emb: RotaryEmbedding,
-        alt_stream: torch.cuda.Stream | None = None, quant_config: QuantConfig | None = None, prefix: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        config: Qwen3_5Config,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        alt_stream: torch.cuda.Stream | None = None,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+    ) -> None:
         super().__init__()
         hidden_size, self.head_dim = config.hidden_size, config.head_dim
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -230,10 +235,16 @@ class Qwen3_5DecoderLayer(DecoderLayer):
     """A mixer of ``kind``, LINEAR_ATTENTION (a gated delta net) or FULL_ATTENTION, and a dense or MoE feed-forward."""
 
     def __init__(
-        self, config: Qwen3_5Config, layer_id: int, kind: str, rotary_emb: RotaryEmbedding,
-        alt_stream: torch.cuda.Stream | None = None, quant_config: QuantConfig | None = None, fuse_shared: bool = False,
+        self,
+        config: Qwen3_5Config,
+        layer_id: int,
+        kind: str,
+        rotary_emb: RotaryEmbedding,
+        alt_stream: torch.cuda.Stream | None = None,
+        quant_config: QuantConfig | None = None,
+        fuse_shared: bool = False,
         prefix: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config, GemmaRMSNorm)
         prefix = prefix or f"model.layers.{layer_id}"
         self.use_alt_stream = _cuda_use_alt_stream or _hip_use_alt_stream

@@ -69,9 +69,14 @@ class MtpDrafter(Drafter):
     """
 
     def __init__(
-        self, model: DraftForward, target: ModelRunner, extend_backend: AttentionBackendLike,
-        decode_backend: AttentionBackendLike | DeepseekV4MultiStepBackend, spec: SpecInfo, shares_plans: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: DraftForward,
+        target: ModelRunner,
+        extend_backend: AttentionBackendLike,
+        decode_backend: AttentionBackendLike | DeepseekV4MultiStepBackend,
+        spec: SpecInfo,
+        shares_plans: bool = False,
+    ) -> None:
         self.model = model
         self.extend_backend = extend_backend
         self.decode_backend = decode_backend
@@ -118,9 +123,14 @@ class MtpDrafter(Drafter):
         )
 
     def go_on(
-        self, rows: torch.Tensor, start: ChainStart, info: SamplingBatchInfo, num_tokens: torch.Tensor,
-        bounds: list[int] | None, groups: list[int] | None = None,
-    ) -> Drafts:  # fmt: skip
+        self,
+        rows: torch.Tensor,
+        start: ChainStart,
+        info: SamplingBatchInfo,
+        num_tokens: torch.Tensor,
+        bounds: list[int] | None,
+        groups: list[int] | None = None,
+    ) -> Drafts:
         """The draft tokens of request rows ``rows`` [B]; the first is sampled from the logits of ``start``.
 
         num_tokens [1] int32: at least the rows that are no padding. bounds: upper bounds of the lengths before the
@@ -180,9 +190,14 @@ class MtpDrafter(Drafter):
         return forward_batch, step.output.hidden_states
 
     def _draft_batch(
-        self, kind: StepKind, rows: torch.Tensor, ids: torch.Tensor | None, positions: torch.Tensor,
-        num_tokens: torch.Tensor, bounds: list[int] | None,
-    ) -> ForwardBatch:  # fmt: skip
+        self,
+        kind: StepKind,
+        rows: torch.Tensor,
+        ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        num_tokens: torch.Tensor,
+        bounds: list[int] | None,
+    ) -> ForwardBatch:
         """Rows at ``positions`` [B, S] of requests, with locations of the request table; it has no backend yet."""
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE,

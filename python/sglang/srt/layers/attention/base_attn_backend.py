@@ -138,9 +138,15 @@ class CompressedBackend(AttentionBackend):
 
     @abstractmethod
     def prepare(
-        self, q: torch.Tensor, kv: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, cos_sin_cache: torch.Tensor,
-        layer: CompressedLayer, forward_batch: ForwardBatch,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        norm: RMSNorm,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        layer: CompressedLayer,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
         """Norm and rotate queries q [N, H, D]; norm with ``norm``, rotate and store the rows kv [N, D] of this step's
         tokens.
 
@@ -186,9 +192,14 @@ _FACTORIES: dict[tuple[str, str], BackendFactory] = {}
 
 
 def register_attention_backend(
-    name: str, family: str, *, platforms: tuple[str, ...], graphs: bool = False, page_sizes: tuple[int, ...] = (),
+    name: str,
+    family: str,
+    *,
+    platforms: tuple[str, ...],
+    graphs: bool = False,
+    page_sizes: tuple[int, ...] = (),
     cache_dtypes: tuple[str, ...] = (),
-) -> Callable[[BackendFactory], BackendFactory]:  # fmt: skip
+) -> Callable[[BackendFactory], BackendFactory]:
     """Class decorator: a backend that ``--attention-backend`` calls ``name``, for models of one family.
 
     The other arguments declare what settings need to know; see ``BackendDeclaration``. These are read from the source

@@ -166,9 +166,15 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
     # --- layers --------------------------------------------------------------------------------------------------
 
     def prepare(
-        self, q: torch.Tensor, kv: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, cos_sin_cache: torch.Tensor,
-        layer: CompressedLayer, forward_batch: ForwardBatch,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        norm: RMSNorm,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        layer: CompressedLayer,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
         plan = self._plan_of(forward_batch, q.shape[0])
         if plan is None:
             return torch.empty_like(q)

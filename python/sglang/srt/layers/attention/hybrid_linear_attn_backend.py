@@ -130,9 +130,14 @@ class GDNBackend:
         return GDNPlan(step_rows, slots[index(steps)], chunk_rows, slots[index(chunks)], table)
 
     def forward_gdn(
-        self, mixed_qkv: torch.Tensor, z: torch.Tensor, b: torch.Tensor, a: torch.Tensor, layer: GatedDeltaNet,
+        self,
+        mixed_qkv: torch.Tensor,
+        z: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        layer: GatedDeltaNet,
         forward_batch: ForwardBatch,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Advance every request's state by its tokens. mixed_qkv [N, C] before the convolution, z [N, HV*V], b, a
         [N, HV] -> [N, HV, V] in mixed_qkv's dtype, normed and gated by z."""
         plan = forward_batch.attn_plan.states

@@ -95,9 +95,17 @@ class GqaBackend(KvBackend):
         write_kv(k, v, *self.kv_pool.layer(layer.layer_id), forward_batch.out_cache_loc)
 
     def prepare_gqa(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, q_norm: GemmaRMSNorm,
-        k_norm: GemmaRMSNorm, rotary_emb: RotaryEmbedding, layer: RadixAttention, forward_batch: ForwardBatch,
-    ) -> torch.Tensor:  # fmt: skip
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        q_norm: GemmaRMSNorm,
+        k_norm: GemmaRMSNorm,
+        rotary_emb: RotaryEmbedding,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
         """Norm and rotate the heads of q [N, Hq, D] and k [N, Hk, D], store k and v [N, Hk, Dv] -> [N, Hq, D]."""
         assert q_norm.eps == k_norm.eps
         return prepare_gqa(
@@ -137,10 +145,17 @@ class MlaBackend(KvBackend):
         self.num_heads = ctx.model_config.text.num_attention_heads // get_tp_group().size
 
     def prepare_mla(
-        self, q: torch.Tensor, kv_a: torch.Tensor, positions: torch.Tensor, norm: RMSNorm, rotary_emb: RotaryEmbedding,
-        layer: RadixAttention, forward_batch: ForwardBatch, queries: torch.Tensor | None = None,
+        self,
+        q: torch.Tensor,
+        kv_a: torch.Tensor,
+        positions: torch.Tensor,
+        norm: RMSNorm,
+        rotary_emb: RotaryEmbedding,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        queries: torch.Tensor | None = None,
         w_kc: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Store the rows kv_a [N, R+P], normed and rotated, and rotate the last P columns of q [N, H, nope+P].
 
         The rotated part stays in q, or goes into the last P columns of ``queries`` [N, H, R+P], whose others take the

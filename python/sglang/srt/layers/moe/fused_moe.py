@@ -33,9 +33,15 @@ class FusedMoE(nn.Module):
     rows_travel = False
 
     def __init__(
-        self, num_experts: int, hidden: int, intermediate: int, top_k: int, quant_config: QuantConfig | None = None,
-        prefix: str = "", num_shared: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        top_k: int,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+        num_shared: int = 0,
+    ) -> None:
         super().__init__()
         self.ranks = get_parallel_state()
         self.placement = ExpertPlacement.here(num_experts, num_shared)

@@ -28,9 +28,14 @@ class DeepseekV4Attention(nn.Module):
     """
 
     def __init__(
-        self, config: DeepseekV4Config, layer_id: int, rotary_emb: RotaryEmbedding, quant_config: QuantConfig | None,
-        prefix: str, overlap: StreamOverlap,
-    ) -> None:  # fmt: skip
+        self,
+        config: DeepseekV4Config,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        quant_config: QuantConfig | None,
+        prefix: str,
+        overlap: StreamOverlap,
+    ) -> None:
         super().__init__()
         self.overlap = overlap
         tp = get_tp_group()

@@ -17,9 +17,15 @@ from sglang.srt.server_args import get_global_server_args
 
 
 def make_experts(
-    num_experts: int, hidden: int, intermediate: int, top_k: int, quant_config: QuantConfig | None = None,
-    prefix: str = "", num_shared: int = 0, swiglu_limit: float | None = None,
-) -> FusedMoE:  # fmt: skip
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    top_k: int,
+    quant_config: QuantConfig | None = None,
+    prefix: str = "",
+    num_shared: int = 0,
+    swiglu_limit: float | None = None,
+) -> FusedMoE:
     """Experts whose result is a part of the tensor-parallel sum. Raises ValueError if no exchange serves them."""
     sizes = (num_experts, hidden, intermediate, top_k)
     args = get_global_server_args()

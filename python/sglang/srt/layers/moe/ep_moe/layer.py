@@ -41,9 +41,15 @@ class MoriEPMoE(FusedMoE):
     rows_travel = True
 
     def __init__(
-        self, num_experts: int, hidden: int, intermediate: int, top_k: int, config: MoriConfig,
-        quant_config: QuantConfig | None = None, prefix: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        top_k: int,
+        config: MoriConfig,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+    ) -> None:
         super().__init__(num_experts, hidden, intermediate, top_k, quant_config, prefix)
         ranks = self.ranks
         if ranks.ep_size != ranks.world.size:

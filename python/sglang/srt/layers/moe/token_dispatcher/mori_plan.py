@@ -66,9 +66,15 @@ def choose_kernel(config: MoriConfig) -> MoriKernel:
 
 
 def plan_exchange(
-    config: MoriConfig, kernel: MoriKernel | None, rank: int, num_experts: int, hidden: int, top_k: int,
-    dtype: torch.dtype, row_dtype: torch.dtype | None = None,
-) -> EpConfig:  # fmt: skip
+    config: MoriConfig,
+    kernel: MoriKernel | None,
+    rank: int,
+    num_experts: int,
+    hidden: int,
+    top_k: int,
+    dtype: torch.dtype,
+    row_dtype: torch.dtype | None = None,
+) -> EpConfig:
     """Sizes of one rank's exchange by MORI's ``kernel``, or by the portable transport (None).
 
     row_dtype: the 8-bit type in which the expert weights take rows, if any. Touches no device. Raises

@@ -157,11 +157,19 @@ def make_mori_op(config: EpConfig, kernel: MoriKernel, group: ProcessGroupHandle
 
 @lru_cache(maxsize=4)
 def init_mori_op(
-    group: ProcessGroupHandle, router_topk: int, num_experts: int, num_local_experts: int, hidden_size: int,
-    params_dtype: torch.dtype, num_max_dispatch_tokens_per_rank: int, deepep_mode: str | Enum = "normal",
-    instance_id: int = 0, dispatch_dtype: str | Enum = "bf16", combine_dtype: str | Enum = "bf16",
+    group: ProcessGroupHandle,
+    router_topk: int,
+    num_experts: int,
+    num_local_experts: int,
+    hidden_size: int,
+    params_dtype: torch.dtype,
+    num_max_dispatch_tokens_per_rank: int,
+    deepep_mode: str | Enum = "normal",
+    instance_id: int = 0,
+    dispatch_dtype: str | Enum = "bf16",
+    combine_dtype: str | Enum = "bf16",
     enable_sdma: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """MORI's op by the arguments of sglang's function of this name, one for each set of them; collective.
 
     ``instance_id`` tells apart ops of equal sizes. SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS caps the buffers: see
@@ -377,9 +385,15 @@ class MoriEPDispatcher:
 
 @lru_cache(maxsize=4)
 def make_dispatcher(
-    config: MoriConfig, group: ProcessGroupHandle, num_experts: int, hidden: int, top_k: int, dtype: torch.dtype,
-    device: torch.device, row_dtype: torch.dtype | None = None,
-) -> MoriEPDispatcher:  # fmt: skip
+    config: MoriConfig,
+    group: ProcessGroupHandle,
+    num_experts: int,
+    hidden: int,
+    top_k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    row_dtype: torch.dtype | None = None,
+) -> MoriEPDispatcher:
     """The dispatcher that all layers of these sizes share; the first call is collective and allocates the buffers."""
     kernel = choose_kernel(config) if current_platform.kind == "hip" else None
     sizes = plan_exchange(config, kernel, group.rank, num_experts, hidden, top_k, dtype, row_dtype)
