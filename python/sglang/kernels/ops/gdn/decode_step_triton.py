@@ -42,8 +42,7 @@ def decode_step_kernel(
 ):  # fmt: skip
     """grid (key heads, rows). A program owns its key head's channels and states, so it may overwrite what it reads.
 
-    The states of its PER_KEY value heads (BLOCK_H, a power of two, with room) pass through in tiles of ROWS rows, or
-    with STAGES 0 all at once, asked for before anything else; ROWS is BLOCK_V then.
+    The states of its PER_KEY value heads (BLOCK_H, a power of two, with room) pass through in tiles of ROWS rows.
     """
     wait_for_kernel_ahead()
     key_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -58,11 +57,6 @@ def decode_step_kernel(
         tl.store(out_at, tl.zeros([BLOCK_H, BLOCK_V], dtype), mask=in_values)
         return
 
-    state_base = state_ptr + slot * state_stride + first_head.to(tl.int64) * V * K
-    if STAGES == 0:
-        all_at = state_base + value_tile[:, :, None] * K + keys[None, None, :]
-        in_all = in_values[:, :, None] & in_key[None, None, :]
-        states = tl.load(all_at, mask=in_all, other=0.0).to(tl.float32)
     x_at, columns_at = x_ptr + row * x_stride, columns_ptr + slot * columns_stride
     q_channels = key_head * K + keys
     k_channels = q_channels + key_heads * K
@@ -93,31 +87,24 @@ def decode_step_kernel(
     A_log = tl.load(A_log_ptr + tile_head, mask=live, other=0.0)
     decays = tl.exp(decay_of(a, A_log, tl.load(dt_bias_ptr + tile_head, mask=live, other=0.0)))
     betas = 1.0 / (1.0 + tl.exp(-b))
-    if STAGES == 0:
-        seen = tl.sum(states * k[None, None, :], axis=2)
-        answered = tl.sum(states * q[None, None, :], axis=2)
-        delta = betas[:, None] * (v - decays[:, None] * seen)
-        states = states * decays[:, None, None] + delta[:, :, None] * k[None, None, :]
-        tl.store(all_at, states.to(state_ptr.dtype.element_ty), mask=in_all)
-        outs = (decays[:, None] * answered + delta * overlap) * scale
-    else:
-        outs = tl.zeros([BLOCK_H * PARTS, ROWS], tl.float32)
-        for tile in tl.range(0, PER_KEY * PARTS, num_stages=STAGES):
-            lines = (tile % PARTS) * ROWS + part
-            state_at = state_base + ((tile // PARTS) * V + lines)[:, None] * K + keys[None, :]
-            mask = (lines < V)[:, None] & in_key[None, :]
-            state = tl.load(state_at, mask=mask, other=0.0).to(tl.float32)
-            this = tiles == tile
-            decay = tl.sum(tl.where(this, decays, 0.0), axis=0)
-            beta = tl.sum(tl.where(this, betas, 0.0), axis=0)
-            value = tl.sum(tl.where(this[:, None], v, 0.0), axis=0)
-            # The old state answers both k and q; what is written then corrects the answer to q.
-            seen = tl.sum(state * k[None, :], axis=1)
-            answered = tl.sum(state * q[None, :], axis=1)
-            delta = beta * (value - decay * seen)
-            state = state * decay + delta[:, None] * k[None, :]
-            tl.store(state_at, state.to(state_ptr.dtype.element_ty), mask=mask)
-            outs = tl.where(this[:, None], ((decay * answered + delta * overlap) * scale)[None, :], outs)
+    state_base = state_ptr + slot * state_stride + first_head.to(tl.int64) * V * K
+    outs = tl.zeros([BLOCK_H * PARTS, ROWS], tl.float32)
+    for tile in tl.range(0, PER_KEY * PARTS, num_stages=STAGES):
+        lines = (tile % PARTS) * ROWS + part
+        state_at = state_base + ((tile // PARTS) * V + lines)[:, None] * K + keys[None, :]
+        mask = (lines < V)[:, None] & in_key[None, :]
+        state = tl.load(state_at, mask=mask, other=0.0).to(tl.float32)
+        this = tiles == tile
+        decay = tl.sum(tl.where(this, decays, 0.0), axis=0)
+        beta = tl.sum(tl.where(this, betas, 0.0), axis=0)
+        value = tl.sum(tl.where(this[:, None], v, 0.0), axis=0)
+        # The old state answers both k and q; what is written then corrects the answer to q.
+        seen = tl.sum(state * k[None, :], axis=1)
+        answered = tl.sum(state * q[None, :], axis=1)
+        delta = beta * (value - decay * seen)
+        state = state * decay + delta[:, None] * k[None, :]
+        tl.store(state_at, state.to(state_ptr.dtype.element_ty), mask=mask)
+        outs = tl.where(this[:, None], ((decay * answered + delta * overlap) * scale)[None, :], outs)
 
     # Rounded where the reference rounds: before the norm, after it and after its weight.
     out = tl.reshape(outs, [BLOCK_H, BLOCK_V]).to(dtype).to(tl.float32)
