@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -191,6 +192,7 @@ class GuidanceGrammar:
         self._after = after
         self._num_seen = 0
         self._num_taken = 0  # by the matcher
+        self.spent_s = 0.0  # in ``follow``
         self.is_waiting = after is not None
 
     def copy(self, after: int | None) -> GuidanceGrammar:
@@ -198,9 +200,11 @@ class GuidanceGrammar:
 
     def follow(self, output_ids: Sequence[int]) -> None:
         """Advance by the new part of the output, which continues that of the last call."""
+        began = time.perf_counter()
         for token_id in output_ids[self._num_seen :]:
             self.take(token_id)
         self._num_seen = len(output_ids)
+        self.spent_s += time.perf_counter() - began
 
     def take(self, token_id: int) -> None:
         """Advance by one token."""

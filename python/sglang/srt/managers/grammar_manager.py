@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -13,6 +15,10 @@ from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
 # Number of grammars that are cached for later requests.
 MAX_COMPILED = 16
+# A constraint that took more seconds in all is slow: others take some 20 microseconds per token.
+SLOW_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class GrammarManager:
@@ -80,6 +86,7 @@ class GrammarManager:
         for index, req, grammar in formed:
             if batch.max_new[index] and req.finish_reason is None:
                 grammar.follow(req.output_ids)
+                self._tell_if_slow(req, grammar)
                 rows.append((grammar, index * width))
         if not rows:
             return None
@@ -92,6 +99,17 @@ class GrammarManager:
             told = drafts()
             self._backend.fill_along(rows, [told[row // width] for _, row in rows], mask)
         return mask if device.type == "cpu" else mask.to(device, non_blocking=True)
+
+    @staticmethod
+    def _tell_if_slow(req: Req, grammar: GuidanceGrammar) -> None:
+        """Log once that all requests of a step wait for one whose constraint is slow."""
+        if grammar.spent_s > SLOW_S:
+            logger.warning(
+                "request %.64r: following its output constraint took %.1f s for %d tokens, and all other requests wait "
+                "for it. A grammar is slow if it derives one text in many ways, as `e: e e | X` or `e: e OP e | X`.",
+                req.rid, grammar.spent_s, len(req.output_ids),
+            )  # fmt: skip
+            grammar.spent_s = -math.inf
 
     def _compile(self, grammar: str) -> Future[GuidanceGrammar]:
         assert isinstance(self._backend, GuidanceBackend)
