@@ -32,7 +32,7 @@ BUDGETS = {
     "sglang/srt/distributed": 285,
     "sglang/srt/entrypoints": 4_400,  # errors name the fields that a client sent
     "sglang/srt/layers": 5_030,  # a norm gives one row multiplied; attention takes its gate
-    "sglang/srt/managers": 5_275,  # prefill steps are launched one ahead of results; warnings of requests, slow grammars
+    "sglang/srt/managers": 5_275,  # prefill steps are launched one ahead of results; warnings of requests, grammars
     "sglang/srt/mem_cache": 1_855,
     "sglang/srt/model_executor": 2_480,  # prompt steps are captured and checked; warm-up samples as requests do
     "sglang/srt/model_loader": 330,

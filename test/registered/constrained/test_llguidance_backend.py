@@ -7,9 +7,12 @@ import tempfile
 import unittest
 
 import jsonschema
+import msgspec
 from tokenizers import AddedToken
 
 from sglang.srt.constrained.llguidance_backend import GrammarError, GuidanceBackend, grammar_of
+from sglang.srt.entrypoints.openai.output_form import output_form
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.parser.tool_call_parser import ToolCall
 from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
 from sglang.srt.parser.tool_calls.deepseekv32 import MARK
@@ -111,6 +114,15 @@ class TestMasks(GrammarCase):
         ("ebnf", 'start: "a" b?\nb: "<tool call>" | /[01]/', ["a", "a<tool call>", "a0", "a1"]),
         ("regex", "", [""]),
     )
+
+    def test_a_list_of_choices_may_be_long(self):
+        choices = [*(f"choice {number}" for number in range(6000)), "choice", 'é"\\\n']
+        body = msgspec.convert({"messages": [], "guided_choice": choices}, ChatCompletionRequest)
+        grammar = self.compiled(*output_form(body).popitem())
+        for text in choices[1:6000:999] + choices[-2:]:
+            one = grammar.copy(None)
+            one.follow(self.tokenizer.encode(text, add_special_tokens=False))
+            self.assertEqual((one.error, one.matcher.is_accepting()), ("", True), text)
 
     def test_exactly_what_leads_to_a_member_is_allowed(self):
         """At every prefix that tokens can spell, over all tokens, by comparison with all members."""

@@ -43,11 +43,11 @@ SPELLINGS = (
     ({"structural_tag": TAG}, "structural_tag", TAG),
     ({"guided_json": SCHEMA}, "json_schema", SCHEMA),
     ({"guided_regex": "a+"}, "regex", "a+"),
-    ({"guided_choice": ["ja", 'n"ö']}, "ebnf", 'start: "ja" | "n\\"ö"'),
+    ({"guided_choice": ["ja", 'n"ö']}, "ebnf", 'start: CHOICE\nCHOICE: "ja" | "n\\"ö"'),
     ({"guided_grammar": 'root ::= "a"'}, "ebnf", 'root ::= "a"'),
     ({"structured_outputs": {"regex": "a+", "json": None}}, "regex", "a+"),
     ({"structured_outputs": {"json_object": True}}, "json_schema", {"type": "object"}),
-    ({"structured_outputs": {"choice": ["x"]}}, "ebnf", 'start: "x"'),
+    ({"structured_outputs": {"choice": ["x"]}}, "ebnf", 'start: CHOICE\nCHOICE: "x"'),
 )
 
 

@@ -62,7 +62,8 @@ def _same(kind: str) -> Callable[[str, Any], dict[str, Any]]:
 def _choice(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
         raise RequestError(f"{name} must be a list of non-empty strings.", param=name)
-    return {"ebnf": "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)}
+    # A terminal, which may have any number of alternatives; a rule has one state for each.
+    return {"ebnf": "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)}
 
 
 def _structured_outputs(name: str, value: Any) -> dict[str, Any]:
