@@ -209,16 +209,14 @@ class TestEnds(GrammarCase):
         self.assertEqual(results["fine"].finish_reason.type, "stop")
 
     def test_a_constraint_that_holds_up_the_others_is_told_once(self):
-        ambiguous = ("ebnf", 'start: e\ne: e e e | e e | "x"')
-        for limit, told in ((0.02, ["slow"]), (100.0, [])):
+        for limit, told in ((0.0, ["a", "b"]), (1000.0, [])):
             with mock.patch.object(grammar_manager, "SLOW_S", limit), self.assertLogs("sglang", "WARNING") as logs:
                 grammar_manager.logger.warning("-")
-                self.submit("slow", ambiguous, max_new_tokens=64, min_new_tokens=64)
-                self.submit("fine", "json")
-                results = self.harness.run()
-            self.assertEqual([record.args[0] for record in logs.records if record.args], told)
-            self.assertEqual(self.text(results.pop("slow")), "x" * 64)
-            self.assertEqual(results.pop("fine").finish_reason.type, "stop")
+                self.submit("a", "word")
+                self.submit("b", "json")
+                self.submit("c")
+                self.harness.run()
+            self.assertEqual(sorted(record.args[0] for record in logs.records if record.args), told)
 
 
 class TestHeldBack(GrammarCase):
