@@ -12,9 +12,11 @@ docs/developer_guide/benchmark_and_profiling.md says what it cannot see.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,6 +149,24 @@ def chosen_ops(names: list[str]) -> list[OpSpec]:
     return [op for op in ops if not names or op.name.startswith(tuple(names))]
 
 
+def emulate_all(arch: str, names: list[str], checkout: Path, text: str) -> list[Report]:
+    """``emulate`` and report the ops ``names`` one after the other."""
+    from sglang.test.amd_gate.gate import serving_cases
+
+    use_tinygrad(checkout)
+    REGISTRY.load_all()
+    served: dict[str, Case] = {}
+    for served_op, case in serving_cases():
+        served.setdefault(served_op.name, case)
+    reports = []
+    with override_platform(ShapeOnlyPlatform(arch)):
+        for op in (REGISTRY.ops[name] for name in names):
+            started = time.perf_counter()
+            reports.append(emulate(op, arch, served, text))
+            print_report(arch, op, reports[-1], time.perf_counter() - started)
+    return reports
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ops", nargs="*", metavar="op", help="an op, or how the names of several begin; default: all")
@@ -163,18 +183,12 @@ def main() -> int:
     except EmulatorError as error:
         print(f"NOT RUN: 0 cases of {len(ops)} ops: {error}")
         return NOT_RUN
-    from sglang.test.amd_gate.gate import serving_cases
-
-    served: dict[str, Case] = {}
-    for served_op, case in serving_cases():
-        served.setdefault(served_op.name, case)
+    # Triton 3.6 converts to 8 bits, as long as a process lives, as for the first architecture that it compiles for.
+    each = [(arch, [op.name for op in ops], Path(checkout), arguments.case) for arch in arguments.arch]
     reports = []
-    for arch in arguments.arch:
-        with override_platform(ShapeOnlyPlatform(arch)):
-            for op in ops:
-                started = time.perf_counter()
-                reports.append(emulate(op, arch, served, arguments.case))
-                print_report(arch, op, reports[-1], time.perf_counter() - started)
+    for task in each:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            reports += pool.submit(emulate_all, *task).result()
     cases, disagree = sum(report.cases for report in reports), sum(len(report.disagree) for report in reports)
     not_run = sum(len(report.not_run) for report in reports)
     instructions = sum(report.instructions for report in reports)

@@ -3,6 +3,7 @@
 Without a checkout of tinygrad only the first part runs; the rest is skipped, and says so.
 """
 
+import multiprocessing
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -104,6 +106,26 @@ def convert(x_ptr, small_ptr, back_ptr, BLOCK: tl.constexpr):
     tl.store(back_ptr + at, small.to(back_ptr.dtype.element_ty))
 
 
+def check_conversions(arch, dtype):
+    """AssertionError unless conversions from and to ``dtype``, run for ``arch``, are torch's."""
+    from sglang.test.amd_emulator.driver import emulated
+    from sglang.test.amd_emulator.emulator import use_tinygrad
+
+    use_tinygrad(Path(CHECKOUT))
+    values = torch.randn(7168, generator=torch.Generator().manual_seed(3)).exp2().clamp(max=200)
+    values = values * 2.0 ** -torch.randint(0, 14, (7168,), generator=torch.Generator().manual_seed(4))
+    x = torch.cat((values[:3584], -values[3584:], torch.arange(-512, 512) / 1024))
+    for wide in (torch.float32, torch.bfloat16):
+        kernel = triton.jit(convert)
+        KERNELS.append(kernel)
+        small, back = torch.empty(8192, dtype=dtype), torch.empty(8192, dtype=wide)
+        with emulated(arch):
+            kernel[(8,)](x.to(wide), small, back, BLOCK=1024, num_warps=4)
+        wanted = x.to(wide).to(dtype)
+        assert torch.equal(small.view(torch.uint8), wanted.view(torch.uint8)), (arch, wide)
+        assert torch.equal(back, wanted.to(wide)), (arch, wide)
+
+
 def turn(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     x = tl.load(x_ptr + row[:, None] * COLUMNS + column[None, :])
@@ -191,24 +213,10 @@ class TestWithTinygrad(CustomTestCase):
 
     def test_eight_bit_conversions(self):
         """To the architecture's own 8-bit floats and back, in every exponent, at ties and zeros: torch's numbers."""
-        from sglang.test.amd_emulator.driver import emulated
-        from sglang.test.amd_emulator.emulator import use_tinygrad
-
-        use_tinygrad(Path(CHECKOUT))
-        values = torch.randn(7168, generator=torch.Generator().manual_seed(3)).exp2().clamp(max=200)
-        values = values * 2.0 ** -torch.randint(0, 14, (7168,), generator=torch.Generator().manual_seed(4))
-        ties = torch.arange(-512, 512) / 1024
-        x = torch.cat((values[:3584], -values[3584:], ties))
+        # A process each: see scripts/amd_emulate.py.
         for arch, dtype in (("gfx950", torch.float8_e4m3fn), ("gfx942", torch.float8_e4m3fnuz)):
-            for wide in (torch.float32, torch.bfloat16):
-                kernel = triton.jit(convert)
-                KERNELS.append(kernel)
-                small, back = torch.empty(8192, dtype=dtype), torch.empty(8192, dtype=wide)
-                with emulated(arch):
-                    kernel[(8,)](x.to(wide), small, back, BLOCK=1024, num_warps=4)
-                wanted = x.to(wide).to(dtype)
-                self.assertTrue(torch.equal(small.view(torch.uint8), wanted.view(torch.uint8)), (arch, wide))
-                self.assertTrue(torch.equal(back, wanted.to(wide)), (arch, wide))
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                pool.submit(check_conversions, arch, dtype).result()
 
     def turned(self, arch, dtype, shape, num_warps, change):
         """Whether changed code transposes a matrix [ROWS, COLUMNS] rightly, and how often each instruction ran."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 import unittest
@@ -30,6 +31,33 @@ SHARED_BYTES = 227 << 10
 
 def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
+
+
+# What a warp does between a meeting of its group (bar.sync) and one thread's word for all of them.
+MEETING = re.compile(r"\b(bar|barrier)(\.cta)?\.sync\b")
+WORK = re.compile(r"mbarrier\.try_wait|wgmma|ld\.shared|st\.shared|ldmatrix|stmatrix|^\$L__BB|\bbra\b")
+
+
+def arrivals_without_meeting(assembly: str) -> tuple[int, list[str]]:
+    """How often one thread arrives at a barrier for its group of warps, and where these have not met before."""
+    met, count, alone = False, 0, list[str]()
+    for line in assembly.splitlines():
+        if MEETING.search(line):
+            met = True
+        elif WORK.search(line):
+            met = False
+        elif "mbarrier.arrive.shared" in line or "mbarrier.arrive.expect" in line:
+            count += 1
+            alone += [] if met else [line]
+    return count, alone
+
+
+def assert_groups_meet(case: unittest.TestCase, launch: Launch) -> None:
+    """A slot is free when all warps of a group have read it; where no product makes them wait, the compiler does."""
+    count, alone = arrivals_without_meeting(launch.assembly)
+    case.assertGreater(count, 4)
+    case.assertEqual(alone, [])
+    case.assertEqual(len(arrivals_without_meeting(MEETING.sub("nop", launch.assembly))[1]), count)
 
 
 class TestSm90Compiles(CustomTestCase):
@@ -113,6 +141,7 @@ class TestSm90Compiles(CustomTestCase):
         for launch in launches:
             self.assertLessEqual(launch.metadata["shared"], SHARED_BYTES)
             self.assertIn("wgmma.mma_async", launch.assembly)
+            assert_groups_meet(self, launch)
 
 
 class TestDecodeOfManyHeadsCompiles(CustomTestCase):
@@ -133,6 +162,7 @@ class TestDecodeOfManyHeadsCompiles(CustomTestCase):
                 self.assertLessEqual(launch.metadata["shared"], SHARED_BYTES)
                 # Of each of two groups: 9 tiles in 4 steps, and 2 blocks of 4 tiles in 2.
                 self.assertEqual(launch.assembly.count("wgmma.mma_async"), 2 * (9 * 4 + 2 * 4 * 2))
+                assert_groups_meet(self, launch)
 
 
 if __name__ == "__main__":
