@@ -149,8 +149,11 @@ class TestAgainstTransformers(CustomTestCase):
 
 class TestMessages(CustomTestCase):
     def refused(self, ours, messages, words, **options):
-        with self.assertRaisesRegex(ChatTemplateError, words):
+        with self.assertRaisesRegex(ChatTemplateError, words) as raised:
             ours.render(messages, **options)
+        # Errors about a field begin with its name or state it.
+        found = raised.exception.param or str(raised.exception).partition("[")[0].partition(" ")[0]
+        self.assertIn(found, ("messages", "tools", "chat_template_kwargs"), str(raised.exception))
 
     def test_joined_parts_add_nothing(self):
         for style in ("deepseek-v3", "deepseek-r1", "deepseek-v3.1", "qwen3", "qwen3-coder"):

@@ -117,7 +117,8 @@ class PromptTemplate(ABC):
             )
         raise ChatTemplateError(
             f"The chat template of this model leaves {missing[0]} (role {messages[number]['role']!r}) out of the "
-            "prompt. Remove it, or put its text into a message of another role."
+            "prompt. Remove it, or put its text into a message of another role.",
+            "messages",
         )
 
 
@@ -154,9 +155,9 @@ class ChatTemplate(PromptTemplate):
             with self._environment.budget():
                 return self._template.render(variables)
         except TemplateLimitError as error:
-            raise ChatTemplateError(f"{_LIMIT_REFUSAL}: {error}.") from None
+            raise ChatTemplateError(f"{_LIMIT_REFUSAL}: {error}.", "messages") from None
         except Exception as error:  # a template runs arbitrary expressions over client data
-            raise ChatTemplateError(f"The chat template refused these messages: {error}") from error
+            raise ChatTemplateError(f"The chat template refused these messages: {error}", "messages") from error
 
 
 def _find_traits(template: ChatTemplate) -> TemplateTraits:
