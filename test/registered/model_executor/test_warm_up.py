@@ -24,6 +24,7 @@ from sglang.srt.model_executor import warm_up
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.warm_up import WarmUpStep, warm_up_steps
 from sglang.srt.platforms import override_platform
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.amd_gate import shape_walk
 from sglang.test.amd_gate.driver import compile_only
@@ -166,11 +167,21 @@ class TestCompiledKernels(CustomTestCase):
             for batch in (1, 3, 5, 9, 100, 127):
                 warm_up.run_step(runner, warm_up._decode_batch(runner, batch))
                 self.assertEqual({x.kernel for x in driver.launches if x.digest not in met}, set(), f"decode {batch}")
-            for fields, masked in warm_up.SAMPLINGS:
-                for batch in (1, 5, 9):
-                    warm_up.run_step(runner, warm_up._decode_batch(runner, batch), None, fields, masked)
+            filters = ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.8, "min_p": 0.1})
+            edits = ({}, {"presence_penalty": 1.0}, {"logit_bias": {"7": 3.0}}, {"min_new_tokens": 3})
+            words = -(-runner.model_config.vocab_size // 32)
+            for temperature, some, edit, masked in product((0.0, 1.0), filters, edits, (False, True)):
+                fields = {"temperature": temperature, **some, **edit}
+                for batch in (1, 5):
+                    params = [SamplingRow(SamplingParams(**fields), 0, (), (), (3,)) for _ in range(batch)]
+                    info = SamplingBatchInfo.from_rows(params, runner.model_config.vocab_size, runner.device)
+                    if masked:
+                        info.vocab_mask = torch.empty(batch, words, dtype=torch.int32, device=runner.device)
+                    step = warm_up._decode_batch(runner, batch)
+                    runner.sample(runner.forward(step), info, step)
                 new = {x.kernel for x in driver.launches if x.digest not in met}
                 self.assertEqual(new, set(), f"{fields}, masked {masked}")
+                driver.launches.clear()
 
     def test_pieces_of_one_upload_may_start_anywhere(self) -> None:
         upload = torch.empty(64, dtype=torch.int64, device="meta")

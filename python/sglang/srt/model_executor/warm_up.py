@@ -36,15 +36,14 @@ MANY_REQUESTS = ((1, 1000),) * 512
 MIXED = ((1, 64), (77, 0), (2, 64))
 
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 1.0}
-# Sampling parameters of the commonest requests, and whether their output has a constraint: what a kernel does not need
-# for any row of a batch is left out of it.
-SAMPLINGS: tuple[tuple[dict[str, float], bool], ...] = (
-    (SAMPLED, False),
-    (SAMPLED | {"top_p": 0.95}, False),
-    (SAMPLED | {"top_p": 0.95, "top_k": 20}, False),
-    (SAMPLED | {"frequency_penalty": 1.0}, False),
-    (SAMPLED, True),
-    (GREEDY, True),
+FILTER, EDIT = {"top_p": 0.95}, {"frequency_penalty": 1.0}
+# Sampling parameters, after greedy ones: kernels have all filters or none, and all edits of logits, masks too, or none.
+SAMPLINGS: tuple[dict[str, float], ...] = (
+    SAMPLED,
+    SAMPLED | FILTER,
+    GREEDY | EDIT,
+    SAMPLED | EDIT,
+    SAMPLED | FILTER | EDIT,
 )
 
 # One step: new and cached tokens of each request.
@@ -104,8 +103,8 @@ def _run_steps(
     try:
         for step in tqdm(steps, desc="Warming kernels up", unit="step", disable=None):
             run_step(runner, _extend_batch(runner, step, drafts=run is not None), run)
-        for fields, masked in SAMPLINGS:
-            run_step(runner, _extend_batch(runner, ((1, 0),), drafts=run is not None), run, fields, masked)
+        for fields in SAMPLINGS:
+            run_step(runner, _extend_batch(runner, ((1, 0),), drafts=run is not None), run, fields)
         for batch in sorted({*powers_of_two(runner.req_to_token_pool.size), runner.req_to_token_pool.size}):
             run_step(runner, _decode_batch(runner, batch, kind), run)
     finally:
@@ -117,17 +116,10 @@ def run_step(
     batch: ModelWorkerBatch,
     run: RunStep | None = None,
     fields: Mapping[str, Any] = GREEDY,
-    masked: bool = False,
 ) -> None:
-    """Forward and sampling of ``batch``, whose rows all are in the dummy page; or ``run``, if given.
-
-    ``fields`` are those of SamplingParams; ``masked`` rows may sample every id, as a constraint says.
-    """
-    vocab = runner.model_config.vocab_size
+    """Forward of ``batch``, whose rows all are in the dummy page, and sampling by ``fields``; or ``run``, if given."""
     rows = [SamplingRow(SamplingParams(**fields), 0, (), ()) for _ in range(batch.batch_size)]
-    info = SamplingBatchInfo.from_rows(rows, vocab, runner.device)
-    if masked:
-        info.vocab_mask = torch.full((len(rows), -(-vocab // 32)), -1, dtype=torch.int32, device=runner.device)
+    info = SamplingBatchInfo.from_rows(rows, runner.model_config.vocab_size, runner.device)
     if run is None:
         runner.sample(runner.forward(batch), info, batch)
     else:

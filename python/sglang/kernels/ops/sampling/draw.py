@@ -182,14 +182,17 @@ def draw_triton(
         return ids, faults
     sizes = _sizes(vocab)
     chunks, slots = cdiv(vocab, sizes["BLOCK"]), (rows, sizes["CHUNKS"])
-    source = (logits, temperatures, allowed, edit_rows, marks, penalties, left, bias)
-    shape = (vocab, logits.stride(0), cdiv(vocab, 32), chunks)
-    edits = {"MASKED": allowed is not None, "EDITED": edit_rows is not None, "BIASED": bias is not None}
-    filters = {"TOP_K": wanted.draws and wanted.top_k, "TOP_P": wanted.draws and wanted.top_p,
-               "MIN_P": wanted.draws and wanted.min_p}  # fmt: skip
     # Each part at a multiple of 16 bytes, for which kernels are compiled whatever the number of rows.
     scratch = torch.empty(4, rows * max(4, sizes["CHUNKS"]), dtype=torch.int32, device=logits.device)
     firsts, (tops, raws, sums) = scratch[0], scratch[1:].view(torch.float32)
+    # None of the edits are compiled in, or all, and the same of filters: so kernels are few, and warm-up has them all.
+    # For what is absent the kernels get scratch, of which they use nothing.
+    ints, floats = [firsts if x is None else x for x in (allowed, edit_rows, marks, left)], [penalties, bias]
+    penalties, bias_rows = (tops if x is None else x for x in floats)
+    source = (logits, temperatures, *ints[:3], penalties, ints[3], bias_rows)
+    words, edits = 0 if allowed is None else cdiv(vocab, 32), int(edit_rows is not None)
+    shape = (vocab, logits.stride(0), words, edits, int(bias is not None), chunks)
+    edited = bool(words or edits)
     samples = state = found = counts = above = floored = None
     cap = sizes.pop("CAP")
     if wanted.filters:
@@ -200,23 +203,24 @@ def draw_triton(
         state = logits.new_empty(rows, 4, dtype=torch.float32)
     grid = (rows * chunks,)
     body.scan_kernel[grid](
-        *source, *shape, tops, firsts, raws, sums, samples, **edits, FILTER=wanted.filters, **sizes,
+        *source, *shape, tops, firsts, raws, sums, samples, EDITED=edited, FILTER=wanted.filters, **sizes,
         HALVINGS=min(WIDE, sizes["STRIDE"]).bit_length() - 1, num_warps=4,
     )  # fmt: skip
     stride = sizes.pop("STRIDE")
     if wanted.filters:
         body.bracket_kernel[(rows,)](
             temperatures, tops, sums, samples, top_ks, top_ps, min_ps, greedy, state, vocab, chunks,
-            **filters, **sizes, STRIDE=stride, WHOLE=cap == sizes["BLOCK"], num_warps=8,
+            **sizes, STRIDE=stride, WHOLE=cap == sizes["BLOCK"], num_warps=8,
         )  # fmt: skip
         body.sift_kernel[grid](
-            *source, *shape, tops, state, found, counts, above, floored, **edits, MIN_P=filters["MIN_P"], **sizes,
+            *source, *shape, tops, state, found, counts, above, floored, EDITED=edited, **sizes,
             CAP=cap, LANES=min(LANES.get(current_platform.kind, 128), sizes["BLOCK"]), num_warps=4,
         )  # fmt: skip
     body.pick_kernel[(rows,)](
         *source, *shape, top_ks, top_ps, min_ps, greedy, seeds, positions,
         tops, firsts, raws, sums, state, found, counts, above, floored, ids, faults,
-        **edits, **filters, **sizes, DRAWS=wanted.draws, CAP=cap, num_warps=16 if wanted.filters else 8,
+        EDITED=edited, DRAWS=wanted.draws, FILTER=wanted.filters, **sizes, CAP=cap,
+        num_warps=16 if wanted.filters else 8,
     )  # fmt: skip
     return ids, faults
 

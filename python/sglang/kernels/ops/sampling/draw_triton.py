@@ -42,29 +42,29 @@ LOWEST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 LOWEST_BITS = tl.constexpr(-0x7F800000)  # ``ordered_bits`` of the same
 
 
-@triton.jit(do_not_specialize=["chunks", "words"])
+@triton.jit(do_not_specialize=["chunks", "words", "edits", "biased"])
 def scan_kernel(
     logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
-    vocab, row_stride, words, chunks,
+    vocab, row_stride, words, edits, biased, chunks,
     tops_ptr, firsts_ptr, raws_ptr, sums_ptr, samples_ptr,
-    MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr, FILTER: tl.constexpr,
+    EDITED: tl.constexpr, FILTER: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row: its best score and where it is first, the best raw logit, the mass, the sample."""
     source = (logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
-              vocab, row_stride, words)  # fmt: skip
+              vocab, row_stride, words, edits, biased)  # fmt: skip
     row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     lane = tl.arange(0, BLOCK)
     cols = chunk * BLOCK + lane
     inside = cols < vocab
-    raw, y = _scores(row, cols, source, MASKED, EDITED, BIASED)
+    raw, y = _scores(row, cols, source, EDITED)
     top = tl.max(y, axis=0)
     at = row * CHUNKS + chunk
     tl.store(tops_ptr + at, top)
     tl.store(firsts_ptr + at, tl.min(tl.where((y == top) & inside, cols, 0x7FFFFFFF), axis=0))
     # A row with NaN has a sum of NaN, whatever a maximum makes of it.
     tl.store(sums_ptr + at, tl.sum(_weight(y, top, _scale(row, temps_ptr)), axis=0))
-    if EDITED or MASKED:
+    if EDITED:
         nans = tl.max((raw != raw).to(tl.int32), axis=0)
         tl.store(raws_ptr + at, tl.where(nans > 0, float("nan"), tl.max(raw, axis=0)))
     if FILTER:
@@ -129,7 +129,6 @@ def _bracket_top_k(k, deepest, y, best, STRIDE: tl.constexpr):
 def bracket_kernel(
     temps_ptr, tops_ptr, sums_ptr, samples_ptr, top_ks_ptr, top_ps_ptr, min_ps_ptr, greedy_ptr, state_ptr,
     vocab, chunks,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Scores LOW <= HIGH between which the cut of a row lies, very likely, and the score FLOOR of its min-p.
@@ -140,7 +139,7 @@ def bracket_kernel(
     row = tl.program_id(0).to(tl.int64)
     tops = _tops(row, tops_ptr, chunks, CHUNKS)
     best, scale = tl.max(tops, axis=0), _scale(row, temps_ptr)
-    k, p, m = _filters(row, top_ks_ptr, top_ps_ptr, min_ps_ptr, vocab, TOP_K, TOP_P, MIN_P)
+    k, p, m = _filters(row, top_ks_ptr, top_ps_ptr, min_ps_ptr, vocab)
     drawn = tl.load(greedy_ptr + row) == 0
     cuts = drawn & ((k < vocab) | (p < 1.0))
     low = tl.where(cuts, LOWEST_FLOAT, float("inf"))
@@ -151,14 +150,12 @@ def bracket_kernel(
         y = tl.load(samples_ptr + row * (CHUNKS * BLOCK // STRIDE) + lane, mask=held, other=float("-inf"))
         deepest = best - DEPTH * tl.load(temps_ptr + row)
         low_yes, high_yes = deepest, best
-        if TOP_K:
-            if k < vocab:
-                low_yes = _bracket_top_k(k, deepest, y, best, STRIDE)
-        if TOP_P:
-            if k >= vocab:
-                masses = _chunk_masses(row, tops, best, scale, sums_ptr, chunks, CHUNKS)
-                spare = (1.0 - p) * tl.sum(masses, axis=0) / STRIDE
-                low_yes, high_yes = _bracket_top_p(spare, deepest, y, _weight(y, best, scale), best, scale)
+        if k < vocab:
+            low_yes = _bracket_top_k(k, deepest, y, best, STRIDE)
+        else:
+            masses = _chunk_masses(row, tops, best, scale, sums_ptr, chunks, CHUNKS)
+            spare = (1.0 - p) * tl.sum(masses, axis=0) / STRIDE
+            low_yes, high_yes = _bracket_top_p(spare, deepest, y, _weight(y, best, scale), best, scale)
         low = tl.where(low_yes > deepest, low_yes, LOWEST_FLOAT)
         high = tl.where(high_yes < best, high_yes, float("inf"))
     tl.store(state_ptr + row * STATE + LOW, low)
@@ -170,12 +167,12 @@ def bracket_kernel(
     tl.store(state_ptr + row * STATE + BEST, best)
 
 
-@triton.jit(do_not_specialize=["chunks", "words"])
+@triton.jit(do_not_specialize=["chunks", "words", "edits", "biased"])
 def sift_kernel(
     logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
-    vocab, row_stride, words, chunks,
+    vocab, row_stride, words, edits, biased, chunks,
     tops_ptr, state_ptr, found_ptr, counts_ptr, above_ptr, floored_ptr,
-    MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr, MIN_P: tl.constexpr,
+    EDITED: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row: its scores from LOW to HIGH, the mass above HIGH, the mass from FLOOR on.
@@ -183,26 +180,23 @@ def sift_kernel(
     The scores are kept if there is room for all, those that one of LANES reads behind those of the lane before.
     """
     source = (logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
-              vocab, row_stride, words)  # fmt: skip
+              vocab, row_stride, words, edits, biased)  # fmt: skip
     row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     at = row * CHUNKS + chunk
     low, high = tl.load(state_ptr + row * STATE + LOW), tl.load(state_ptr + row * STATE + HIGH)
-    least = low
-    if MIN_P:
-        floor = tl.load(state_ptr + row * STATE + FLOOR)
-        least = tl.where(floor > LOWEST_FLOAT, tl.minimum(low, floor), low)
+    floor = tl.load(state_ptr + row * STATE + FLOOR)
+    least = tl.where(floor > LOWEST_FLOAT, tl.minimum(low, floor), low)
     if least < float("inf"):
         number, above, floored = 0, 0.0, 0.0
         if tl.load(tops_ptr + at) >= least:
             # Read score by score, as what is kept is written: else pointers and scores change lanes in between.
             cols = tl.max_contiguous(chunk * BLOCK + tl.arange(0, BLOCK), 1)
-            _, y = _scores(row, cols, source, MASKED, EDITED, BIASED)
+            _, y = _scores(row, cols, source, EDITED)
             w = tl.exp2((y - tl.load(state_ptr + row * STATE + BEST)) * _scale(row, temps_ptr))
             between = ((y >= low) & (y <= high)).to(tl.int32)
             kept, above = _sum_2(between.to(tl.float32), tl.where(y > high, w, 0.0))
             number = kept.to(tl.int32)
-            if MIN_P:
-                floored = tl.sum(tl.where(y >= floor, w, 0.0), axis=0)
+            floored = tl.sum(tl.where(y >= floor, w, 0.0), axis=0)
             if (number > 0) & (number <= CAP):
                 # What one lane holds it sums in its registers: one running sum alone is over lanes.
                 held = tl.reshape(between, [BLOCK // LANES, LANES])
@@ -212,14 +206,13 @@ def sift_kernel(
                 tl.store((found_ptr + at * CAP) + place, y, mask=between != 0)
         tl.store(counts_ptr + at, number)
         tl.store(above_ptr + at, above)
-        if MIN_P:
-            tl.store(floored_ptr + at, floored)
+        tl.store(floored_ptr + at, floored)
 
 
 @triton.jit
 def _from(
     cut_1, cut_2, cut_3, found, weights, best, scale, row, source, chunks,
-    MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr, RESCUE: tl.constexpr,
+    EDITED: tl.constexpr, BLOCK: tl.constexpr, RESCUE: tl.constexpr,
     COUNT_THEM: tl.constexpr,
 ):  # fmt: skip
     """Mass, or number, of scores from each of three cuts on (``ordered_bits``): of those found, or of the row."""
@@ -228,7 +221,7 @@ def _from(
         part_1 = tl.zeros([BLOCK], tl.float32)
         part_2, part_3 = part_1, part_1
         for chunk in range(chunks):
-            _, y = _scores(row, chunk * BLOCK + tl.arange(0, BLOCK), source, MASKED, EDITED, BIASED)
+            _, y = _scores(row, chunk * BLOCK + tl.arange(0, BLOCK), source, EDITED)
             bits, w = ordered_bits(y), _weight(y, best, scale)
             if COUNT_THEM:
                 w = tl.where(y == float("-inf"), 0.0, 1.0)
@@ -248,7 +241,7 @@ def _from(
 @triton.jit
 def _search(
     yes, no, goal, found, weights, best, scale, row, source, chunks,
-    MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr, RESCUE: tl.constexpr,
+    EDITED: tl.constexpr, BLOCK: tl.constexpr, RESCUE: tl.constexpr,
     COUNT_THEM: tl.constexpr,
 ):  # fmt: skip
     """The last cut in [yes, no) from which on mass or number reach ``goal``; int64, a quarter of the way at a time."""
@@ -257,7 +250,7 @@ def _search(
         mid_1, mid_2, mid_3 = yes + quarter, yes + ((no - yes) >> 1), no - quarter
         sum_1, sum_2, sum_3 = _from(
             mid_1, mid_2, mid_3, found, weights, best, scale, row, source, chunks,
-            MASKED, EDITED, BIASED, BLOCK, RESCUE, COUNT_THEM,
+            EDITED, BLOCK, RESCUE, COUNT_THEM,
         )  # fmt: skip
         yes = tl.where(sum_3 >= goal, mid_3, tl.where(sum_2 >= goal, mid_2, tl.where(sum_1 >= goal, mid_1, yes)))
         # What is not enough by any comparison is too far, so that the interval shrinks whatever the sums are.
@@ -269,8 +262,7 @@ def _search(
 @triton.jit
 def _cut(
     k, p, above, total, lowest, highest, found, weights, best, scale, row, source, chunks,
-    MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-    BLOCK: tl.constexpr, RESCUE: tl.constexpr,
+    EDITED: tl.constexpr, BLOCK: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
     """The lowest kept score as ``ordered_bits`` and how many of its ties are kept, by top-k and then by top-p.
 
@@ -279,54 +271,52 @@ def _cut(
     vocab = source[8]
     yes, number = lowest.to(tl.int64), vocab
     no = highest.to(tl.int64) + 1
-    if TOP_K:
-        if k < vocab:
-            yes = _search(
-                yes, no, k.to(tl.float32), found, weights, best, scale, row, source, chunks,
-                MASKED, EDITED, BIASED, BLOCK, RESCUE, True,
-            )  # fmt: skip
-            past = yes + 1
-            count, _, _ = _from(
-                past, past, past, found, weights, best, scale, row, source, chunks,
-                MASKED, EDITED, BIASED, BLOCK, RESCUE, True,
-            )  # fmt: skip
-            mass, _, _ = _from(
-                past, past, past, found, weights, best, scale, row, source, chunks,
-                MASKED, EDITED, BIASED, BLOCK, RESCUE, False,
-            )  # fmt: skip
-            number = k - count.to(tl.int32)
-            weight = _weight(ordered_float(yes.to(tl.int32)), best, scale)
-            # At the bound there may be no score, or fewer than k: its weight is that of nothing, or of nothing much.
-            total = mass + tl.where(yes > lowest, number.to(tl.float32) * weight, 0.0)
-    if TOP_P:
-        if p < 1.0:
-            goal, start = p * total - above, yes
-            yes = _search(
-                yes, no, goal, found, weights, best, scale, row, source, chunks,
-                MASKED, EDITED, BIASED, BLOCK, RESCUE, False,
-            )  # fmt: skip
-            past = yes + 1
-            mass, _, _ = _from(
-                past, past, past, found, weights, best, scale, row, source, chunks,
-                MASKED, EDITED, BIASED, BLOCK, RESCUE, False,
-            )  # fmt: skip
-            weight = _weight(ordered_float(yes.to(tl.int32)), best, scale)
-            ties = tl.ceil((goal - mass) / tl.maximum(weight, 1e-38))
-            ties = tl.minimum(tl.maximum(ties, 1.0), 1e9).to(tl.int32)
-            number = tl.where(yes > start, ties, tl.minimum(ties, number))
+    if k < vocab:
+        yes = _search(
+            yes, no, k.to(tl.float32), found, weights, best, scale, row, source, chunks,
+            EDITED, BLOCK, RESCUE, True,
+        )  # fmt: skip
+        past = yes + 1
+        count, _, _ = _from(
+            past, past, past, found, weights, best, scale, row, source, chunks,
+            EDITED, BLOCK, RESCUE, True,
+        )  # fmt: skip
+        mass, _, _ = _from(
+            past, past, past, found, weights, best, scale, row, source, chunks,
+            EDITED, BLOCK, RESCUE, False,
+        )  # fmt: skip
+        number = k - count.to(tl.int32)
+        weight = _weight(ordered_float(yes.to(tl.int32)), best, scale)
+        # At the bound there may be no score, or fewer than k: its weight is that of nothing, or of nothing much.
+        total = mass + tl.where(yes > lowest, number.to(tl.float32) * weight, 0.0)
+    if p < 1.0:
+        goal, start = p * total - above, yes
+        yes = _search(
+            yes, no, goal, found, weights, best, scale, row, source, chunks,
+            EDITED, BLOCK, RESCUE, False,
+        )  # fmt: skip
+        past = yes + 1
+        mass, _, _ = _from(
+            past, past, past, found, weights, best, scale, row, source, chunks,
+            EDITED, BLOCK, RESCUE, False,
+        )  # fmt: skip
+        weight = _weight(ordered_float(yes.to(tl.int32)), best, scale)
+        ties = tl.ceil((goal - mass) / tl.maximum(weight, 1e-38))
+        ties = tl.minimum(tl.maximum(ties, 1.0), 1e9).to(tl.int32)
+        number = tl.where(yes > start, ties, tl.minimum(ties, number))
     return yes.to(tl.int32), number
 
 
 @triton.jit
 def _kept_of_row(
     cut, best, scale, row, source, chunks,
-    MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    EDITED: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """By chunk, read from the row: the mass above ``cut`` and the number of its ties."""
     slot = tl.arange(0, CHUNKS)
     masses, ties = tl.zeros([CHUNKS], tl.float32), tl.zeros([CHUNKS], tl.int32)
     for chunk in range(chunks):
-        _, y = _scores(row, chunk * BLOCK + tl.arange(0, BLOCK), source, MASKED, EDITED, BIASED)
+        _, y = _scores(row, chunk * BLOCK + tl.arange(0, BLOCK), source, EDITED)
         bits = ordered_bits(y)
         masses = tl.where(slot == chunk, tl.sum(tl.where(bits > cut, _weight(y, best, scale), 0.0), axis=0), masses)
         ties = tl.where(slot == chunk, tl.sum((bits == cut).to(tl.int32), axis=0), ties)
@@ -348,20 +338,20 @@ def _uniform(seed, position):
     return _mix(word ^ position.to(tl.uint32)).to(tl.float64) * 2.3283064365386963e-10
 
 
-@triton.jit(do_not_specialize=["chunks", "words"])
+@triton.jit(do_not_specialize=["chunks", "words", "edits", "biased"])
 def pick_kernel(
     logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
-    vocab, row_stride, words, chunks,
+    vocab, row_stride, words, edits, biased, chunks,
     top_ks_ptr, top_ps_ptr, min_ps_ptr, greedy_ptr, seeds_ptr, positions_ptr,
     tops_ptr, firsts_ptr, raws_ptr, sums_ptr, state_ptr, found_ptr, counts_ptr, above_ptr, floored_ptr,
     ids_ptr, faults_ptr,
-    MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr,
-    DRAWS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    EDITED: tl.constexpr,
+    DRAWS: tl.constexpr, FILTER: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """One row: where its filter cuts, the chunk that its draw falls into, and the id there."""
     source = (logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
-              vocab, row_stride, words)  # fmt: skip
+              vocab, row_stride, words, edits, biased)  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, CHUNKS)
     real = slot < chunks
@@ -374,7 +364,7 @@ def pick_kernel(
     # NaN and infinities alike are not below infinity.
     scores = tl.where((nans == 0) & (tl.abs(best) < float("inf")), 0, EDITED_FAULT)
     scaled = tl.abs(tl.div_rn(best, tl.load(temps_ptr + row))) < float("inf")
-    if EDITED or MASKED:
+    if EDITED:
         raws = _tops(row, raws_ptr, chunks, CHUNKS)
         nans = tl.max((raws != raws).to(tl.int32), axis=0)
         raw = tl.where((nans == 0) & (tl.abs(tl.max(raws, axis=0)) < float("inf")), 0, LOGITS_FAULT)
@@ -387,8 +377,8 @@ def pick_kernel(
         if (fault == 0) & (tl.load(greedy_ptr + row) == 0):
             cut, number = tl.minimum(ordered_bits(best), LOWEST_BITS), vocab
             ties = tl.full([CHUNKS], 0, tl.int32)
-            k, p, m = _filters(row, top_ks_ptr, top_ps_ptr, min_ps_ptr, vocab, TOP_K, TOP_P, MIN_P)
-            if TOP_K or TOP_P:
+            k, p, m = _filters(row, top_ks_ptr, top_ps_ptr, min_ps_ptr, vocab)
+            if FILTER:
                 if (k < vocab) | (p < 1.0):
                     total = tl.sum(masses, axis=0)
                     low = ordered_bits(tl.load(state_ptr + row * STATE + LOW))
@@ -406,7 +396,7 @@ def pick_kernel(
                     if (tl.max(counts, axis=0) <= CAP) & not_above & (enough | (low == LOWEST_BITS)):
                         cut, number = _cut(
                             k, p, mass_above, total, low, high, found, weights, best, scale, row, source, chunks,
-                            MASKED, EDITED, BIASED, TOP_K, TOP_P, BLOCK, False,
+                            EDITED, BLOCK, False,
                         )  # fmt: skip
                         kept_mass = tl.reshape(tl.where(found > cut, weights, 0.0), [CHUNKS, CAP])
                         masses = above + tl.sum(kept_mass, axis=1)
@@ -414,16 +404,14 @@ def pick_kernel(
                     else:
                         cut, number = _cut(
                             k, p, 0.0, total, cut, ordered_bits(best), found, weights, best, scale, row, source, chunks,
-                            MASKED, EDITED, BIASED, TOP_K, TOP_P, BLOCK, True,
+                            EDITED, BLOCK, True,
                         )  # fmt: skip
-                        masses, ties = _kept_of_row(
-                            cut, best, scale, row, source, chunks, MASKED, EDITED, BIASED, CHUNKS, BLOCK
-                        )
+                        masses, ties = _kept_of_row(cut, best, scale, row, source, chunks, EDITED, CHUNKS, BLOCK)
                     before = tl.cumsum(ties, axis=0) - ties
                     ties = tl.minimum(tl.maximum(number - before, 0), ties)
                     masses += ties.to(tl.float32) * _weight(ordered_float(cut), best, scale)
             floor = LOWEST_FLOAT
-            if MIN_P:
+            if FILTER:
                 if m > 0.0:
                     floor = tl.load(state_ptr + row * STATE + FLOOR)
                     if ordered_float(cut) < floor:
@@ -436,10 +424,10 @@ def pick_kernel(
             start = tl.max(tl.where(slot < chunk, ends, 0.0), axis=0)
             kept_ties = tl.sum(tl.where(slot == chunk, ties, 0), axis=0)
             cols = chunk * BLOCK + tl.arange(0, BLOCK)
-            _, y = _scores(row, cols, source, MASKED, EDITED, BIASED)
+            _, y = _scores(row, cols, source, EDITED)
             bits = ordered_bits(y)
             kept = bits >= cut
-            if TOP_K or TOP_P:
+            if FILTER:
                 if (k < vocab) | (p < 1.0):
                     tied = (bits == cut).to(tl.int32)
                     kept = (bits > cut) | ((tied != 0) & (tl.cumsum(tied, axis=0) <= kept_ties))

@@ -65,21 +65,24 @@ def _scale(row, temps_ptr):
 
 
 @triton.jit
-def _scores(row, cols, source, MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr):
+def _scores(row, cols, source, EDITED: tl.constexpr):
     """Logits as the model gave them, and after edits and mask; both -inf past the vocabulary.
+
+    What is absent is known at run time: ``words`` 0 is no mask, ``edits`` 0 no edits, ``biased`` 0 no bias. Where a row
+    has no edit, its marks are 0 and its penalties, the first ones there, have no effect.
 
     What temperature divides alike keeps its order, so that only weights know of it.
     """
     logits_ptr, _, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr = source[:8]
-    vocab, row_stride, words = source[8], source[9], source[10]
+    vocab, row_stride, words, edits, biased = source[8], source[9], source[10], source[11], source[12]
     inside = cols < vocab
     raw = tl.load(logits_ptr + row * row_stride + cols, mask=inside, other=float("-inf")).to(tl.float32)
     x = raw
     if EDITED:
-        edit = tl.load(edit_rows_ptr + row).to(tl.int64)
-        wanted = cols < tl.where(edit >= 0, vocab, 0)
+        edit = tl.where(edits != 0, tl.load(edit_rows_ptr + row * edits), -1).to(tl.int64)
+        past = tl.where(edit >= 0, vocab, 0)
         edit = tl.maximum(edit, 0)
-        mark = tl.load(marks_ptr + edit * vocab + cols, mask=wanted, other=0)
+        mark = tl.load(marks_ptr + edit * vocab + cols, mask=cols < past, other=0)
         frequency = tl.load(penalties_ptr + edit * 3)
         presence = tl.load(penalties_ptr + edit * 3 + 1)
         repetition = tl.load(penalties_ptr + edit * 3 + 2)
@@ -87,11 +90,9 @@ def _scores(row, cols, source, MASKED: tl.constexpr, EDITED: tl.constexpr, BIASE
         repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
         x = tl.where((mark & SEEN) != 0, repeated, x)
         x = tl.where(count > 0, x - (frequency * count + presence), x)
-        if BIASED:
-            x += tl.load(bias_ptr + edit * vocab + cols, mask=wanted, other=0.0)
+        x += tl.load(bias_ptr + edit * vocab + cols, mask=cols < past * biased, other=0.0)
         x = tl.where(((mark & STOP) != 0) & (tl.load(left_ptr + edit) > 0), float("-inf"), x)
-    if MASKED:
-        word = tl.load(allowed_ptr + row * words + (cols >> 5), mask=inside, other=0)
+        word = tl.load(allowed_ptr + row * words + (cols >> 5), mask=cols < tl.where(words != 0, vocab, 0), other=-1)
         x = tl.where(((word >> (cols & 31)) & 1) != 0, x, float("-inf"))
     return raw, x
 
@@ -112,16 +113,8 @@ def _chunk_masses(row, tops, best, scale, sums_ptr, chunks, CHUNKS: tl.constexpr
 
 
 @triton.jit
-def _filters(
-    row, top_ks_ptr, top_ps_ptr, min_ps_ptr, vocab, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr
-):
+def _filters(row, top_ks_ptr, top_ps_ptr, min_ps_ptr, vocab):
     """top-k (``vocab``: all), top-p (1: all) and min-p (0: all) of a row."""
-    k, p, m = vocab, 1.0, 0.0
-    if TOP_K:
-        wanted = tl.load(top_ks_ptr + row).to(tl.int64)
-        k = tl.where((wanted < 1) | (wanted > vocab), vocab, wanted).to(tl.int32)
-    if TOP_P:
-        p = tl.load(top_ps_ptr + row)
-    if MIN_P:
-        m = tl.load(min_ps_ptr + row)
-    return k, p, m
+    wanted = tl.load(top_ks_ptr + row).to(tl.int64)
+    k = tl.where((wanted < 1) | (wanted > vocab), vocab, wanted).to(tl.int32)
+    return k, tl.load(top_ps_ptr + row), tl.load(min_ps_ptr + row)

@@ -16,28 +16,24 @@ from sglang.test.op_cases.sampling import RowOf, draw_args
 
 def draw_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Batches of logits over served models' vocabularies, without contents; the last ones of float32."""
-    top_p, all_three = RowOf(top_p=0.9), RowOf(0.7, 50, 0.9, 0.05)
+    all_three = RowOf(0.7, 50, 0.9, 0.05)
     for rows, vocab in ((1, 102400), (128, 129280), (128, 248320)):
         logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device=device)
-        for name, row in (("plain", RowOf()), ("top-p", top_p), ("all", all_three)):
+        for name, row in (("plain", RowOf()), ("filtered", all_three)):
             yield draw, Case(f"{rows}x{vocab} {name}", draw_args(logits, row))
-    logits = torch.empty(128, 248320, dtype=torch.bfloat16, device=device)
-    edits = {
-        "edit_rows": torch.empty(128, dtype=torch.int32, device=device),
-        "marks": torch.empty(4, 248320, dtype=torch.int32, device=device),
-        "penalties": torch.empty(4, 3, device=device),
-        "left": torch.empty(4, dtype=torch.int32, device=device),
-        "bias": torch.empty(4, 248320, device=device),
-        "allowed": torch.empty(128, 7760, dtype=torch.int32, device=device),
-    }
-    yield draw, Case("128x248320 edited", draw_args(logits, all_three, **edits))
-    penalised = {name: edits[name] for name in ("edit_rows", "marks", "penalties", "left")}
     for vocab in (129280, 248320):
-        penalised["marks"] = torch.empty(4, vocab, dtype=torch.int32, device=device)
-        args = draw_args(torch.empty(128, vocab, dtype=torch.bfloat16, device=device), all_three, **penalised)
-        yield draw, Case(f"128x{vocab} penalised", args)
-    for row in (top_p, all_three):
-        yield draw, Case("128x129280 float32", draw_args(torch.empty(128, 129280, device=device), row))
+        logits = torch.empty(128, vocab, dtype=torch.bfloat16, device=device)
+        edits = {
+            "edit_rows": torch.empty(128, dtype=torch.int32, device=device),
+            "marks": torch.empty(4, vocab, dtype=torch.int32, device=device),
+            "penalties": torch.empty(4, 3, device=device),
+            "left": torch.empty(4, dtype=torch.int32, device=device),
+            "bias": torch.empty(4, vocab, device=device),
+            "allowed": torch.empty(128, vocab // 32, dtype=torch.int32, device=device),
+        }
+        for name, row in (("greedy", RowOf(greedy=True)), ("plain", RowOf()), ("filtered", all_three)):
+            yield draw, Case(f"128x{vocab} {name} edited", draw_args(logits, row, **edits))
+    yield draw, Case("128x129280 float32", draw_args(torch.empty(128, 129280, device=device), all_three))
 
 
 def greedy_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
