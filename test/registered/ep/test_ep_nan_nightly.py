@@ -1,4 +1,4 @@
-"""Over several ranks a request whose rows are NaN ends, and the requests beside it get the tokens of sound weights."""
+"""Over several ranks a request whose rows are NaN ends, and the other requests get the tokens of sound weights."""
 
 from __future__ import annotations
 
